@@ -1,0 +1,1 @@
+"""CubicWeb storage that keeps Bytes attributes in an S3 bucket."""

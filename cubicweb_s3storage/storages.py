@@ -1,0 +1,423 @@
+"""A CubicWeb storage that keeps the values of Bytes attributes in an S3 bucket."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import getLogger
+from typing import Any
+
+from botocore.client import BaseClient
+from cubicweb import Binary, set_log_methods
+from cubicweb.entity import Entity
+from cubicweb.server.edition import EditedEntity
+from cubicweb.server.session import Connection
+from cubicweb.server.sources.storages import Storage
+
+from cubicweb_s3storage import rows, s3
+from cubicweb_s3storage.errors import InvalidKey, ObjectMissing, S3StorageError, subject
+from cubicweb_s3storage.s3 import ObjectRef
+from cubicweb_s3storage.transactions import S3AddFileOp, S3DeleteFileOp
+from cubicweb_s3storage.uploads import (
+    Upload,
+    history,
+    last_upload,
+    staging_prefix,
+)
+from cubicweb_s3storage.values import MissingValue
+
+__all__ = ["S3AddFileOp", "S3DeleteFileOp", "S3Storage"]
+
+UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+HEX_UUID = re.compile("[0-9a-f]{32}")
+MEDIA_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(;[ -~]*)?", re.ASCII)
+
+
+class S3Storage(Storage):
+    """Keeps the values of attributes as objects in a bucket, in the rows their keys.
+
+    :param bucket: name of the bucket, which exists
+    :param suffix: what the keys of staged objects are marked with
+    """
+
+    KEY_SEPARATOR = "#"
+
+    def __init__(self, bucket: str, suffix: str = ".tmp") -> None:
+        self.bucket = bucket
+        self.suffix = suffix
+        self._make_client = self._s3_client
+        self._clients: dict[int, BaseClient] = {}
+        self._locks: dict[int, threading.Lock] = {}
+        self._assigned_client: BaseClient | None = None
+        s3.quieten_libraries()
+
+    # the client ###############################################################
+
+    @classmethod
+    def _s3_client(cls) -> BaseClient:
+        return s3.make_client()
+
+    @property
+    def s3cnx(self) -> BaseClient:
+        """The boto3 S3 client of this process, or the one that was assigned."""
+        if self._assigned_client is not None:
+            return self._assigned_client
+        # Clients, and locks that another thread may hold, do not survive a fork.
+        pid = os.getpid()
+        if pid not in self._clients:
+            with self._locks.setdefault(pid, threading.Lock()):
+                if pid not in self._clients:
+                    self._clients[pid] = self._make_client()
+        return self._clients[pid]
+
+    @s3cnx.setter
+    def s3cnx(self, client: BaseClient) -> None:
+        self._assigned_client = client
+
+    @property
+    def objects(self) -> s3.Bucket:
+        """The requests about the objects of the bucket."""
+        return s3.Bucket(self.s3cnx, self.bucket)
+
+    # what subclasses choose ###################################################
+
+    def new_s3_key(self, entity: Entity, attr: str) -> str:
+        """The key of a new value: here a random UUID, so that every object is fresh.
+
+        Overrides find the value in `entity.cw_edited[attr]`. They may return the
+        key of an object that exists: rows whose values have the same content share
+        it; a row's own new content replaces it when the transaction commits.
+        """
+        return str(uuid.uuid4())
+
+    def get_upload_extra_args(
+        self, entity: Entity, attr: str, key: str
+    ) -> dict[str, Any] | None:
+        """Further arguments of boto3's `put_object` for a value.
+
+        https://boto3.amazonaws.com/v1/documentation/api/latest/reference/services/s3/client/put_object.html
+        """
+        return {}
+
+    def suffixed_key(self, key: str) -> str:
+        """What the staging keys of a key start with."""
+        return key + self.suffix
+
+    def parse_key(self, key: str) -> tuple[str, str | None]:
+        """Split what a row holds into key and version id."""
+        key, separator, version_id = key.rpartition(self.KEY_SEPARATOR)
+        return (key, version_id) if separator else (version_id, None)
+
+    def format_version_id_suffix(self, key: str, version_id: str) -> str:
+        """What a row holds that names a version of an object."""
+        return f"{key}{self.KEY_SEPARATOR}{version_id}"
+
+    # CubicWeb's Storage interface #############################################
+
+    def callback(self, source, cnx: Connection, value: bytes) -> Binary:
+        """The value of an attribute whose row holds `value`.
+
+        :return: position 0; when S3 answers that the object is not there, a value
+          which raises `ObjectMissing` when it is used
+        :raise S3StorageError: it cannot be told whether the object is there
+        """
+        try:
+            return self._read(cnx, source.binary_to_str(value))
+        except ObjectMissing as error:
+            self.critical("%s", error)
+            return MissingValue(error)
+
+    def entity_added(self, entity: Entity, attr: str) -> Binary | None:
+        """Write the value of a new entity, or adopt an object as its value.
+
+        :return: the value, as it was given
+        :raise S3StorageError: S3 has not confirmed that it keeps the value
+        """
+        value = entity.cw_edited[attr]
+        with _naming(entity, attr):
+            if value is None:
+                return None
+            if entity._cw.transaction_data.get("fs_importing"):
+                return self._adopt(entity, attr, value)
+            return self._write(entity, attr, value)
+
+    def entity_updated(self, entity: Entity, attr: str) -> Binary | None:
+        """Write the new value of an entity and give up the old one, see `entity_added`."""
+        replaced = self.get_s3_key(entity, attr)
+        binary = self.entity_added(entity, attr)
+        value = entity.cw_edited[attr]
+        named = value.getvalue().decode() if value is not None else None
+        if replaced not in (None, named):
+            self._give_up(entity, attr, replaced)
+        return binary
+
+    def entity_deleted(self, entity: Entity, attr: str) -> None:
+        """Give up the value of a deleted entity."""
+        key = self.get_s3_key(entity, attr)
+        if key is not None:
+            self._give_up(entity, attr, key)
+
+    def migrate_entity(self, entity: Entity, attribute: str) -> None:
+        """Move the value of an entity from the database to S3, unless it is there."""
+        value = entity.cw_attr_cache.get(attribute)
+        if value is None:
+            return
+        entity.cw_edited = EditedEntity(entity, **{attribute: value})
+        try:
+            if not self._is_migrated(entity, attribute, value):
+                self.entity_added(entity, attribute)
+                source = entity._cw.repo.system_source
+                attrs = source.preprocess_entity(entity)
+                sql = source.sqlgen.update(f"cw_{entity.cw_etype}", attrs, ["cw_eid"])
+                source.doexec(entity._cw, sql, attrs)
+        finally:
+            entity.cw_edited = None
+
+    # rows, keys and objects ###################################################
+
+    def get_s3_key(self, entity: Entity, attr: str) -> str | None:
+        """What the row of the entity holds, whoever is asking; None for no key."""
+        cnx = getattr(entity._cw, "cnx", entity._cw)
+        raw = rows.held_value(cnx, entity.cw_etype, entity.eid, attr)
+        try:
+            return None if raw is None else self._decode_key(raw)
+        except InvalidKey:
+            return None
+
+    def delay_deletion(self, entity: Entity, attr: str, key: str) -> None:
+        """Have an object removed after the commit, if the instance removes objects.
+
+        :param key: as the row has held it
+        """
+        if entity._cw.repo.config["s3-auto-delete"]:
+            data = (self, key, entity.eid, attr)
+            S3DeleteFileOp.get_instance(entity._cw).add_data(data)
+
+    def get_s3_object(self, cnx: Connection, key: str) -> Binary:
+        """The object that a row names, as this transaction sees it.
+
+        :param key: as the row holds it
+        :return: its content, at position 0
+        :raise ObjectMissing: it is not there
+        """
+        upload = last_upload(cnx, self.bucket, key)
+        if upload is not None and upload.staging_key:
+            return self.download(upload.staging_key)
+        missing = None
+        for ref in self._candidates(cnx, key):
+            try:
+                with s3.explained("read the object", self.bucket, str(ref)):
+                    version = {"VersionId": ref.version_id} if ref.version_id else {}
+                    return self.download(ref.key, **version)
+            except S3StorageError as error:
+                if not s3.is_missing(error, ref.version_id):
+                    raise
+                missing = missing or error
+        staging_key = self._staged_before_a_crash(key)
+        if staging_key is None:
+            raise missing
+        self.warning("Reading %s/%s from %s", self.bucket, key, staging_key)
+        return self.download(staging_key)
+
+    def download(self, key: str, **kwargs: Any) -> Binary:
+        """The content of an object, at position 0.
+
+        :param kwargs: further arguments of boto3's `get_object`
+        :raise ObjectMissing: it is not there
+        """
+        content = self.objects.get(key, **kwargs)
+        self.info("Read %s/%s, %s bytes", self.bucket, key, len(content))
+        return Binary(content)
+
+    def find_removable(self, cnx: Connection, value: str) -> ObjectRef | None:
+        """The object that a row has named, None when it is not there.
+
+        :param value: what the row has held
+        """
+        refs = self._candidates(cnx, value)
+        key, version_id = self.parse_key(value)
+        if version_id and not self.keeps_versions(cnx):
+            refs.remove(ObjectRef(key))  # the latest version may be another row's
+        if len(refs) == 1 or (refs[0].version_id and UUID.fullmatch(key)):
+            return refs[0]
+        return next((ref for ref in refs if self.objects.head(ref) is not None), None)
+
+    def values_naming(self, ref: ObjectRef) -> list[str]:
+        """What rows may hold that name this object."""
+        if ref.version_id:
+            return [self.format_version_id_suffix(ref.key, ref.version_id), ref.key]
+        # 4.x left suffixed keys in rows whose objects it had moved.
+        return [ref.key, self.suffixed_key(ref.key)]
+
+    def keeps_versions(self, cnx: Connection) -> bool:
+        return cnx.repo.config["s3-activate-object-versioning"]
+
+    def stages_every_write(self, cnx: Connection) -> bool:
+        return cnx.repo.config["s3-transaction-suffix-key"] and not self.keeps_versions(
+            cnx
+        )
+
+    # internals ################################################################
+
+    def _write(self, entity: Entity, attr: str, binary: Binary) -> Binary:
+        key = self.new_s3_key(entity, attr)
+        s3.check_key(key, self.bucket)
+        arguments = _content_type(entity, attr)
+        arguments.update(self.get_upload_extra_args(entity, attr, key) or {})
+        cnx = entity._cw
+        upload = Upload(
+            self,
+            key,
+            entity.eid,
+            attr,
+            etype=entity.cw_etype,
+            fresh=self._makes_fresh_keys(),
+            arguments=arguments,
+        )
+        # Registered first: a failing request may have had its effect.
+        S3AddFileOp.get_instance(cnx).add_data(upload)
+        content = binary.getvalue()
+        upload.send(cnx, content)
+        self.info("Wrote %s/%s, %s bytes", self.bucket, upload.ref, len(content))
+        if self.keeps_versions(cnx) and upload.version_id and not upload.staging_key:
+            key = self.format_version_id_suffix(key, upload.version_id)
+        entity.cw_edited.edited_attribute(attr, Binary(key.encode()))
+        return binary
+
+    def _adopt(self, entity: Entity, attr: str, value: Binary) -> Binary:
+        """Take the object whose key is given as the value."""
+        cnx = entity._cw
+        key = self._decode_key(value.getvalue())
+        for name in {key, self.parse_key(key)[0]}:
+            rows.share_lock(cnx, self.bucket, name)
+        try:
+            content = self.get_s3_object(cnx, key)
+        except ObjectMissing as error:
+            error.remedy = "Give the key of an object that exists"
+            raise
+        entity._cw_dont_cache_attribute(attr, repo_side=True)
+        return content
+
+    def _give_up(self, entity: Entity, attr: str, key: str) -> None:
+        """Have the object removed after the commit, if the row was all it was for."""
+        cnx = entity._cw
+        if self._was_made_by_this_transaction(cnx, key):
+            S3DeleteFileOp.get_instance(cnx).add_data((self, key, entity.eid, attr))
+        elif cnx.ertype_supports_undo(entity.cw_etype):
+            self.info("Kept %s/%s, an undo may need it", self.bucket, key)
+        else:
+            self.delay_deletion(entity, attr, key)
+
+    def _was_made_by_this_transaction(self, cnx: Connection, value: str) -> bool:
+        key, version_id = self.parse_key(value)
+        return any(
+            upload.fresh or upload.created
+            for upload in history(cnx).get((self.bucket, value), ())
+        ) or any(
+            upload.version_id == version_id
+            for upload in history(cnx).get((self.bucket, key), ())
+            if version_id
+        )
+
+    def _makes_fresh_keys(self) -> bool:
+        return getattr(self.new_s3_key, "__func__", None) is _NEW_UUID_KEY
+
+    def _is_migrated(self, entity: Entity, attr: str, value: Binary) -> bool:
+        """Whether the value in the database is the key of its own object already."""
+        try:
+            key = self._decode_key(value.getvalue())
+            if not key.isprintable():
+                return False
+            content = self.get_s3_object(entity._cw, key)
+        except (InvalidKey, ObjectMissing):
+            return False
+        names = {key, self.parse_key(key)[0]}
+        if any(UUID.match(name) for name in names):
+            return True
+        entity.cw_edited.edited_attribute(attr, content)
+        try:
+            return self.new_s3_key(entity, attr) in names
+        finally:
+            entity.cw_edited.edited_attribute(attr, value)
+
+    def _read(self, cnx: Connection, raw: bytes) -> Binary:
+        try:
+            key = self._decode_key(raw)
+        except InvalidKey as error:
+            raise ObjectMissing(
+                "The row holds no key, maybe a content that was never migrated",
+                bucket=self.bucket,
+                remedy="Call storage_changed in a migration shell",
+            ) from error
+        try:
+            return self.get_s3_object(cnx, key)
+        except S3StorageError as error:
+            held_by = rows.holders(cnx, self.bucket, [key])
+            error.subject = "; ".join(str(holder) for holder in held_by[:3])
+            raise
+
+    def _candidates(self, cnx: Connection, value: str) -> list[ObjectRef]:
+        """The objects that a row may name, the likeliest first.
+
+        Rows outlive the options under which they were written, and cubicweb-s3storage
+        4.x left suffixed keys in rows whose objects it had moved.
+        """
+        key, version_id = self.parse_key(value)
+        refs = [ObjectRef(value)]
+        if version_id and self.keeps_versions(cnx):
+            refs.insert(0, ObjectRef(key, version_id))
+        elif version_id:
+            refs += [ObjectRef(key, version_id), ObjectRef(key)]
+        if self.suffix and key.endswith(self.suffix) and key != self.suffix:
+            refs.append(ObjectRef(key.removesuffix(self.suffix)))
+        return refs
+
+    def _staged_before_a_crash(self, key: str) -> str | None:
+        """The staged copy that a crash between commit and move has left, if any."""
+        try:
+            prefix = staging_prefix(self, key)
+            staged = [
+                found
+                for found in self.objects.keys(prefix)
+                if HEX_UUID.fullmatch(found.removeprefix(prefix))
+            ]
+        except S3StorageError as error:
+            self.warning("Cannot look for a staged copy: %s", error)
+            return None
+        if len(staged) > 1:
+            self.error("One of %s is the content of %s/%s", staged, self.bucket, key)
+            return None
+        return staged[0] if staged else None
+
+    def _decode_key(self, raw: bytes) -> str:
+        try:
+            key = raw.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidKey("The key is not UTF-8", bucket=self.bucket) from error
+        return s3.check_key(key, self.bucket)
+
+
+def _content_type(entity: Entity, attr: str) -> dict[str, str]:
+    with entity._cw.security_enabled(read=False):
+        media_type = entity.cw_attr_metadata(attr, "format")
+    if isinstance(media_type, str) and MEDIA_TYPE.fullmatch(media_type):
+        return {"ContentType": media_type}
+    return {}
+
+
+@contextmanager
+def _naming(entity: Entity, attr: str) -> Iterator[None]:
+    try:
+        yield
+    except S3StorageError as error:
+        error.subject = error.subject or subject(entity.cw_etype, entity.eid, attr)
+        raise
+
+
+_NEW_UUID_KEY = S3Storage.new_s3_key
+
+set_log_methods(S3Storage, getLogger("cube.s3storage.storages"))

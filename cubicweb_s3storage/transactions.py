@@ -1,0 +1,227 @@
+"""What happens to the objects of a transaction when it commits or is rolled back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from cubicweb.server.hook import DataOperationMixIn, LateOperation, Operation
+from cubicweb.server.session import Connection
+
+from cubicweb_s3storage import rows
+from cubicweb_s3storage.errors import KeyConflict, S3StorageError
+from cubicweb_s3storage.s3 import MAX_DELETE, ObjectRef
+from cubicweb_s3storage.uploads import Upload, history, last_upload
+
+if TYPE_CHECKING:
+    from cubicweb_s3storage.storages import S3Storage
+
+logger = logging.getLogger("cube.s3storage.transactions")
+
+#: seconds before each attempt to lock keys that another transaction has locked
+PAUSES = (0, 0.05, 0.2, 0.8)
+
+
+class S3AddFileOp(DataOperationMixIn, Operation):
+    """The values that the transaction writes.
+
+    Confirmed before the commit; staged ones are moved after it; a rollback removes
+    what was written.
+    """
+
+    containercls = list
+
+    def add_data(self, data: Upload | tuple) -> None:
+        """:param data: an upload, or the tuple (storage, key, eid, attr) of 4.x"""
+        if not isinstance(data, Upload):
+            data = Upload(*data, created=True)
+        super().add_data(data)
+
+    def precommit_event(self) -> None:
+        # From here on, writes of other operations get an operation of their own.
+        self.get_data()
+        for upload in self._container:
+            if upload.error is not None:
+                raise upload.error
+        refuse_conflicts(self.cnx)
+
+    def postcommit_event(self) -> None:
+        for storage, uploads in _by_storage(self._container).items():
+            staged = [upload for upload in uploads if upload.staging_key]
+            done = [upload.ref for upload in staged if self._finish(upload)]
+            remove(storage, done)
+
+    def rollback_event(self) -> None:
+        for storage, uploads in _by_storage(self._container).items():
+            own, shareable = [], []
+            for upload in uploads:
+                if upload.fresh and upload.error and storage.keeps_versions(self.cnx):
+                    own.extend(_all_versions(storage, upload.key))
+                elif upload.fresh or upload.staging_key or upload.version_id:
+                    own.append(upload.ref)
+                elif upload.created:
+                    shareable.append(upload.ref)
+            remove(storage, own)
+            if shareable:
+                # What the rows name when this transaction is no more.
+                self.cnx.cnxset.rollback()
+                remove_unnamed(self.cnx, storage, shareable)
+
+    def _finish(self, upload: Upload) -> bool:
+        """Move a staged object, unless a later write of this transaction counts.
+
+        :return: whether the staged copy is of no more use
+        """
+        storage = upload.storage
+        if last_upload(self.cnx, storage.bucket, upload.key) is not upload:
+            return True
+        try:
+            storage.objects.copy(upload.ref, upload.key, upload.arguments)
+        except S3StorageError as error:
+            logger.critical(
+                "The new content of %s is committed, but stays under its staging key"
+                " %s in bucket %s, copy it over %s: %s",
+                upload.subject,
+                upload.ref,
+                storage.bucket,
+                upload.key,
+                error,
+            )
+            return False
+        logger.info("Moved %s to %s/%s", upload.ref, storage.bucket, upload.key)
+        return True
+
+
+class S3DeleteFileOp(DataOperationMixIn, LateOperation):
+    """The objects that the rows stop naming, removed after the commit.
+
+    Data are tuples (storage, key, eid, attr), the key as the row has held it.
+    """
+
+    containercls = list
+
+    def postcommit_event(self) -> None:
+        for storage, entries in _by_storage(self.get_data()).items():
+            keys = dict.fromkeys(key for _, key, _, _ in entries)
+            refs = [ref for key in keys if (ref := self._find(storage, key))]
+            remove_unnamed(self.cnx, storage, refs)
+
+    def _find(self, storage: S3Storage, value: str) -> ObjectRef | None:
+        try:
+            return storage.find_removable(self.cnx, value)
+        except S3StorageError as error:
+            _log_left_behind(storage, ObjectRef(value), error)
+            return None
+
+
+def refuse_conflicts(cnx: Connection) -> None:
+    """Refuse to replace an object of which another row expects the old content.
+
+    :raise KeyConflict: this commit would do so
+    """
+    replaced: dict[str, list[str]] = {}
+    for (bucket, key), uploads in history(cnx).items():
+        if any(upload.staging_key and not upload.fresh for upload in uploads):
+            replaced.setdefault(bucket, []).append(key)
+    for bucket, keys in replaced.items():
+        for holder in rows.holders(cnx, bucket, keys):
+            uploads = history(cnx)[bucket, holder.value]
+            last = uploads[-1]
+            own = [u for u in uploads if (u.eid, u.attr) == (holder.eid, holder.attr)]
+            same_content = own[-1].md5 == last.md5 if own else last.shared
+            if not same_content:
+                error = KeyConflict(
+                    f"The object is also the value of {holder}, whose content is"
+                    " another",
+                    bucket=bucket,
+                    key=holder.value,
+                    remedy="Return different keys for different contents from"
+                    " new_s3_key",
+                )
+                error.subject = last.subject
+                raise error
+
+
+def remove(storage: S3Storage, refs: Iterable[ObjectRef]) -> None:
+    """Remove objects that no row can name; what S3 refuses to remove is logged."""
+    refs = list(refs)
+    try:
+        failures = storage.objects.delete(refs)
+    except S3StorageError as error:
+        failures = dict.fromkeys(refs, str(error))
+    for ref in refs:
+        if ref not in failures:
+            logger.info("Deleted %s from bucket %s", ref, storage.bucket)
+    for ref, reason in failures.items():
+        _log_left_behind(storage, ref, reason)
+
+
+def remove_unnamed(
+    cnx: Connection, storage: S3Storage, refs: Iterable[ObjectRef]
+) -> None:
+    """Remove those of the objects that no committed row names.
+
+    Objects that another transaction keeps locked, because it may come to name them,
+    stay. Between transactions only: ends the SQL transaction of the connection.
+    """
+    remaining = iter(refs)
+    while batch := set(islice(remaining, MAX_DELETE)):
+        for pause in PAUSES:
+            time.sleep(pause)
+            try:
+                batch -= _remove_unlocked(cnx, storage, batch)
+            except (S3StorageError, cnx.repo.system_source.DbapiError) as error:
+                for ref in batch:
+                    _log_left_behind(storage, ref, error)
+                batch.clear()
+            finally:
+                cnx.cnxset.rollback()
+            if not batch:
+                break
+        for ref in batch:
+            _log_left_behind(storage, ref, "another transaction writes this key")
+
+
+def _remove_unlocked(
+    cnx: Connection, storage: S3Storage, refs: set[ObjectRef]
+) -> set[ObjectRef]:
+    """Remove those that no row names among those that nobody else has locked.
+
+    :return: the latter
+    """
+    locked = rows.try_lock(cnx, storage.bucket, (ref.key for ref in refs))
+    naming = {ref: storage.values_naming(ref) for ref in refs if ref.key in locked}
+    held = rows.holders(
+        cnx, storage.bucket, (value for values in naming.values() for value in values)
+    )
+    named = {holder.value for holder in held}
+    remove(storage, [ref for ref, values in naming.items() if named.isdisjoint(values)])
+    return set(naming)
+
+
+def _by_storage(entries: Iterable[Upload | tuple]) -> dict[S3Storage, list]:
+    groups: dict[S3Storage, list] = {}
+    for entry in entries:
+        storage = entry.storage if isinstance(entry, Upload) else entry[0]
+        groups.setdefault(storage, []).append(entry)
+    return groups
+
+
+def _all_versions(storage: S3Storage, key: str) -> list[ObjectRef]:
+    try:
+        return storage.objects.versions(key)
+    except S3StorageError as error:
+        _log_left_behind(storage, ObjectRef(key), error)
+        return []
+
+
+def _log_left_behind(storage: S3Storage, ref: ObjectRef, reason: object) -> None:
+    logger.error(
+        "Cannot remove %s from bucket %s, left for garbage collection: %s",
+        ref,
+        storage.bucket,
+        reason,
+    )

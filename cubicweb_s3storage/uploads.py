@@ -1,0 +1,158 @@
+"""Writing one value: under its key at once where that harms nobody, else staged."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cubicweb.server.session import Connection
+
+from cubicweb_s3storage import rows
+from cubicweb_s3storage.errors import S3StorageError, subject
+from cubicweb_s3storage.s3 import (
+    MAX_KEY_LENGTH,
+    AlreadyThere,
+    ObjectRef,
+    md5,
+    real_version,
+)
+
+if TYPE_CHECKING:
+    from cubicweb_s3storage.storages import S3Storage
+
+HISTORY = "s3storage_uploads"
+
+
+@dataclass(eq=False)
+class Upload:
+    """A value that the transaction writes.
+
+    The first four fields are the tuple that cubicweb-s3storage 4.x kept.
+
+    :param key: the final key, which the row names
+    :param fresh: nobody else can know the key
+    :param arguments: further arguments of boto3's `put_object`
+    """
+
+    storage: S3Storage
+    key: str
+    eid: int
+    attr: str
+    etype: str = ""
+    fresh: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    #: the key under which the content waits for the commit, when it has to
+    staging_key: str = ""
+    #: the version that was written, where the bucket keeps versions
+    version_id: str | None = None
+    #: no object had the key before this upload, in so far as one was seen to start
+    created: bool = False
+    #: an object with this key and this content was there before
+    shared: bool = False
+    md5: str = ""
+    #: why S3 has not confirmed the upload
+    error: S3StorageError | None = None
+
+    @property
+    def ref(self) -> ObjectRef:
+        """The object that was written."""
+        return ObjectRef(self.staging_key or self.key, self.version_id)
+
+    @property
+    def subject(self) -> str:
+        return subject(self.etype, self.eid, self.attr)
+
+    def send(self, cnx: Connection, content: bytes) -> None:
+        """Write the content so that nothing which is committed changes.
+
+        :raise S3StorageError: S3 has not confirmed the upload; `error` keeps it
+        """
+        history(cnx).setdefault((self.storage.bucket, self.key), []).append(self)
+        try:
+            if not self.fresh:
+                self.md5 = md5(content)
+                rows.share_lock(cnx, self.storage.bucket, self.key)
+                self._send_where_others_may_write(cnx, content)
+            elif self.storage.stages_every_write(cnx):
+                self._stage(content)
+            else:
+                self._put(content)
+        except S3StorageError as error:
+            self.error = error
+            raise
+
+    def _send_where_others_may_write(self, cnx: Connection, content: bytes) -> None:
+        stages_every_write = self.storage.stages_every_write(cnx)
+        head = self._head()
+        if head is None and not stages_every_write:
+            if self._put_new(content):
+                return
+            head = self._head()
+        if self.storage.keeps_versions(cnx) and real_version(head):
+            self._put(content)
+            return
+        self.shared = self._is_content_of(head, content)
+        if self.shared and not stages_every_write:
+            # Written again: its age tells garbage collection that it is wanted.
+            self._put(content)
+        else:
+            self._stage(content)
+
+    def _put_new(self, content: bytes) -> bool:
+        """Write the object unless another transaction was faster."""
+        self.created = True
+        try:
+            self.version_id = self.storage.objects.put_new(
+                self.key, content, self.arguments
+            )
+        except AlreadyThere as obstacle:
+            # An earlier attempt of ours may have had its effect, its answer lost.
+            ours = obstacle.retried and self._is_content_of(self._head(), content)
+            self.created = ours
+        return self.created
+
+    def _head(self) -> dict[str, Any] | None:
+        return self.storage.objects.head(ObjectRef(self.key), self.arguments)
+
+    def _is_content_of(self, head: dict[str, Any] | None, content: bytes) -> bool:
+        objects = self.storage.objects
+        return head is not None and objects.holds(
+            self.key, content, head, self.arguments
+        )
+
+    def _stage(self, content: bytes) -> None:
+        self.staging_key = new_staging_key(self.storage, self.key)
+        self._put(content)
+
+    def _put(self, content: bytes) -> None:
+        self.version_id = self.storage.objects.put(
+            self.ref.key, content, self.arguments
+        )
+
+
+def history(cnx: Connection) -> dict[tuple[str, str], list[Upload]]:
+    """The uploads of the transaction by bucket and key, in order."""
+    return cnx.transaction_data.setdefault(HISTORY, {})
+
+
+def last_upload(cnx: Connection, bucket: str, key: str) -> Upload | None:
+    """The upload that this transaction's reads of the key see, if there is one."""
+    uploads = history(cnx).get((bucket, key))
+    return uploads[-1] if uploads else None
+
+
+def new_staging_key(storage: S3Storage, key: str) -> str:
+    """A key that no other transaction uses and that tells the final key."""
+    return f"{staging_prefix(storage, key)}{uuid.uuid4().hex}"
+
+
+def staging_prefix(storage: S3Storage, key: str) -> str:
+    """What the staging keys of a key start with."""
+    prefix = f"{storage.suffixed_key(key)}."
+    if len(prefix.encode()) + 32 > MAX_KEY_LENGTH:
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        prefix = f"{storage.suffixed_key(digest)}."
+    return prefix
