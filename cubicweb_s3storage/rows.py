@@ -52,7 +52,10 @@ def holders(cnx: Connection, bucket: str, values: Iterable[str]) -> list[Holder]
         }
         wanted = ", ".join(f"%({name})s" for name in args)
         for etype, attr in _attributes(cnx, bucket):
-            sql = f"SELECT cw_{attr}, cw_eid FROM cw_{etype} WHERE cw_{attr} IN ({wanted})"
+            column = f"cw_{attr}"
+            sql = (
+                f"SELECT {column}, cw_eid FROM cw_{etype} WHERE {column} IN ({wanted})"
+            )
             for value, eid in _select(cnx, sql, args):
                 found.append(Holder(bytes(value).decode(), etype, eid, attr))
     return found

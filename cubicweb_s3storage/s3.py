@@ -26,6 +26,9 @@ from botocore.exceptions import (
     NoCredentialsError,
     PartialCredentialsError,
 )
+from botocore.exceptions import (
+    ConnectionError as BotoConnectionError,
+)
 
 from cubicweb_s3storage.errors import (
     AccessRefused,
@@ -53,6 +56,8 @@ NOT_FOUND = {"404", "NotFound", "NoSuchKey", "NoSuchVersion"}
 #: answers to a version id that the server cannot even parse
 BAD_VERSION = {"400", "BadRequest", "InvalidArgument"}
 NOT_IMPLEMENTED = {"501", "NotImplemented"}
+#: what a key may have and `DeleteObjects`, which is XML 1.0, cannot say
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 CREDENTIALS_REMEDY = {
     "InvalidAccessKeyId": "S3 does not know this access key id: correct it",
@@ -311,8 +316,10 @@ class Bucket:
 
         :return: why, for each object that could not be deleted
         """
-        failures: dict[ObjectRef, str] = {}
-        remaining = iter(dict.fromkeys(refs))
+        refs = dict.fromkeys(refs)
+        odd = [ref for ref in refs if NOT_XML.search(ref.key)]
+        failures = self._delete_singly(odd)
+        remaining = iter(refs.keys() - odd)
         while batch := list(islice(remaining, MAX_DELETE)):
             failures.update(self._delete_batch(batch))
         return failures
@@ -336,9 +343,9 @@ class Bucket:
             if error.get("Code") not in NOT_FOUND
         }
 
-    def _delete_singly(self, batch: list[ObjectRef]) -> dict[ObjectRef, str]:
-        failures = {}
-        for ref in batch:
+    def _delete_singly(self, refs: Iterable[ObjectRef]) -> dict[ObjectRef, str]:
+        failures: dict[ObjectRef, str] = {}
+        for ref in refs:
             try:
                 with explained("delete the object", self.name, str(ref)):
                     self.client.delete_object(Bucket=self.name, **ref.arguments)
@@ -407,7 +414,7 @@ def _diagnosis(error: Exception, task: str) -> tuple[type[S3StorageError], str, 
         return AccessRefused, f"{failed}: {error}", NO_CREDENTIALS_REMEDY
     if isinstance(error, CredentialRetrievalError):
         return AccessRefused, f"{failed}: {error}", "Correct the credentials"
-    if isinstance(error, (HTTPClientError, IncompleteReadError)):
+    if isinstance(error, (BotoConnectionError, HTTPClientError, IncompleteReadError)):
         remedy = "Check the endpoint (AWS_S3_ENDPOINT_URL) and the network, try again"
         return S3Unreachable, f"{failed}, S3 is unreachable: {error}", remedy
     remedy = "Correct the AWS configuration, the bucket or the arguments of the upload"

@@ -146,12 +146,17 @@ class S3Storage(Storage):
             return self._write(entity, attr, value)
 
     def entity_updated(self, entity: Entity, attr: str) -> Binary | None:
-        """Write the new value of an entity and give up the old one, see `entity_added`."""
+        """Write the new value of an entity, see `entity_added`; give up the old one."""
         replaced = self.get_s3_key(entity, attr)
         binary = self.entity_added(entity, attr)
         value = entity.cw_edited[attr]
-        named = value.getvalue().decode() if value is not None else None
-        if replaced not in (None, named):
+        kept = [None]
+        if value is not None:
+            kept.append(value.getvalue().decode())
+            if self.keeps_versions(entity._cw):
+                # A new version hides the object that it replaces by itself.
+                kept.append(self.parse_key(kept[-1])[0])
+        if replaced not in kept:
             self._give_up(entity, attr, replaced)
         return binary
 

@@ -1,0 +1,111 @@
+"""Rows that cubicweb-s3storage 4.x has written stay readable, and removable."""
+
+from cubicweb import Binary
+
+from testlib import S3TC
+
+KEY = "7d2f4a5e-c5b4-11ee-8f8c-0242ac120002"  # uuid1, as 4.x made them
+
+
+class OldRowsTC(S3TC):
+    def old(self, row: str) -> int:
+        eid = self.committed(None)
+        self.set_row(eid, row.encode())
+        return eid
+
+    def delete(self, eid: int) -> None:
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_delete()
+            cnx.commit()
+
+    def test_a_uuid(self):
+        self.put(KEY, b"old")
+        eid = self.old(KEY)
+        self.assertEqual(self.read(eid), b"old")
+        self.delete(eid)
+        self.assertEqual(self.objects(), {})
+
+    def test_a_suffixed_key_whose_object_was_moved(self):
+        self.put(KEY, b"old")
+        eid = self.old(f"{KEY}.tmp")
+        self.assertEqual(self.read(eid), b"old")
+        self.delete(eid)
+        self.assertEqual(self.objects(), {})
+
+    def test_a_suffixed_key_whose_object_was_not_moved(self):
+        self.put(f"{KEY}.tmp", b"old")
+        eid = self.old(f"{KEY}.tmp")
+        self.assertEqual(self.read(eid), b"old")
+        self.delete(eid)
+        self.assertEqual(self.objects(), {})
+
+    def test_a_suffixed_key_that_another_row_names_without_suffix(self):
+        self.put(KEY, b"old")
+        eid, other = self.old(f"{KEY}.tmp"), self.old(KEY)
+        self.delete(eid)
+        self.assertEqual(self.read(other), b"old")
+
+    def test_a_key_that_another_row_names_with_suffix(self):
+        self.put(KEY, b"old")
+        eid, other = self.old(f"{KEY}.tmp"), self.old(KEY)
+        self.delete(other)
+        self.assertEqual(self.read(eid), b"old")
+
+    def test_update_of_a_suffixed_row(self):
+        self.put(KEY, b"old")
+        eid = self.old(f"{KEY}.tmp")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            cnx.commit()
+        self.assertEqual(self.objects(), {self.row(eid): b"new"})
+
+    def test_a_version(self):
+        self.keep_versions()
+        version_id = self.put(KEY, b"old")
+        self.put(KEY, b"newer")
+        eid = self.old(f"{KEY}#{version_id}")
+        self.assertEqual(self.read(eid), b"old")
+        self.delete(eid)
+        self.assertEqual(self.objects(), {KEY: b"newer"})
+        self.assertEqual(len(self.versions()), 1)
+
+    def test_a_version_while_the_option_is_off(self):
+        self.keep_versions()
+        version_id = self.put(KEY, b"old")
+        self.put(KEY, b"newer")
+        self.set_option("s3-activate-object-versioning", False)
+        eid = self.old(f"{KEY}#{version_id}")
+        self.assertEqual(self.read(eid), b"old")
+
+    def test_a_version_whose_bucket_was_copied_without_versions(self):
+        self.put(KEY, b"old")
+        eid = self.old(f"{KEY}#3HL4kqtJvjVBH40Nrjfkd")
+        self.assertEqual(self.read(eid), b"old")
+
+    def test_a_key_with_the_separator_while_versioning_is_off(self):
+        self.put("boxes/3#17", b"old")
+        self.put("boxes/3", b"another")
+        eid = self.old("boxes/3#17")
+        self.assertEqual(self.read(eid), b"old")
+        self.delete(eid)
+        self.assertEqual(self.objects(), {"boxes/3": b"another"})
+
+    def test_a_key_with_the_separator_while_versioning_is_on(self):
+        self.keep_versions()
+        self.put("boxes/3#17", b"old")
+        eid = self.old("boxes/3#17")
+        self.assertEqual(self.read(eid), b"old")
+        self.delete(eid)
+        self.assertEqual(self.objects(), {})
+
+    def test_a_suffixed_version(self):
+        self.keep_versions()
+        version_id = self.put(f"{KEY}.tmp", b"old")
+        self.client.copy_object(
+            Bucket=self.bucket,
+            Key=KEY,
+            CopySource={"Bucket": self.bucket, "Key": f"{KEY}.tmp"},
+        )
+        self.client.delete_object(Bucket=self.bucket, Key=f"{KEY}.tmp")
+        eid = self.old(f"{KEY}.tmp#{version_id}")
+        self.assertEqual(self.read(eid), b"old")

@@ -1,0 +1,180 @@
+"""The option s3-activate-object-versioning: every row names a version."""
+
+from cubicweb import Binary
+
+from cubicweb_s3storage.errors import S3Unreachable
+from s3server import Fault
+from testlib import S3TC, ContentHashStorage, OwnKeyStorage
+
+
+class VersionsTC(S3TC):
+    def setUp(self):
+        super().setUp()
+        self.keep_versions()
+
+    def test_the_row_holds_key_and_version(self):
+        eid = self.committed(b"content")
+        key, version_id = self.storage.parse_key(self.row(eid))
+        self.assertEqual(self.versions(), [{"Key": key, "VersionId": version_id}])
+        self.assertEqual(self.read(eid), b"content")
+
+    def test_update_removes_the_old_version(self):
+        eid = self.committed(b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            cnx.commit()
+        self.assertEqual(len(self.versions()), 1)
+        self.assertEqual(self.read(eid), b"new")
+
+    def test_delete_removes_the_version_and_leaves_no_marker(self):
+        eid = self.committed(b"content")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_delete()
+            cnx.commit()
+        self.assertEqual(self.versions(), [])
+
+    def test_rollback_removes_exactly_the_versions_it_made(self):
+        eid = self.committed(b"old")
+        before = self.versions()
+        with self.admin_access.repo_cnx() as cnx:
+            self.create(cnx, b"another")
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            cnx.rollback()
+        self.assertEqual(self.versions(), before)
+        self.assertEqual(self.read(eid), b"old")
+
+    def test_one_key_for_one_entity(self):
+        self.set_storage("Document", "content", OwnKeyStorage(self.bucket))
+        eid = self.committed(b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            self.assertEqual(self.read(eid), b"old")
+            cnx.rollback()
+        self.assertEqual(self.read(eid), b"old")
+        self.assertEqual(len(self.versions()), 1)
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            cnx.commit()
+        self.assertEqual(self.read(eid), b"new")
+        self.assertEqual(len(self.versions()), 1)
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_delete()
+            cnx.commit()
+        self.assertEqual(self.versions(), [])
+
+    def test_one_key_for_equal_contents(self):
+        self.set_storage("Document", "content", ContentHashStorage(self.bucket))
+        first, second = self.committed(b"content"), self.committed(b"content")
+        self.assertNotEqual(self.row(first), self.row(second))
+        with self.admin_access.repo_cnx() as cnx:
+            self.create(cnx, b"content")
+            cnx.rollback()
+            cnx.entity_from_eid(second).cw_delete()
+            cnx.commit()
+        self.assertEqual(self.read(first), b"content")
+        self.assertEqual(len(self.versions()), 1)
+
+    def test_several_writes_in_one_transaction(self):
+        self.set_storage("Document", "content", OwnKeyStorage(self.bucket))
+        with self.admin_access.repo_cnx() as cnx:
+            document = self.create(cnx, b"1")
+            document.cw_set(content=Binary(b"2"))
+            cnx.drop_entity_cache()
+            value = cnx.entity_from_eid(document.eid).content
+            self.assertEqual(value.read(), b"2")
+            cnx.commit()
+        self.assertEqual(self.read(document.eid), b"2")
+        self.assertEqual(len(self.versions()), 1)
+
+    def test_an_upload_whose_version_is_unknown_is_removed(self):
+        self.s3.faults.append(Fault("PUT", after=True))
+        with self.admin_access.repo_cnx() as cnx:
+            with self.assertRaises(S3Unreachable):
+                self.create(cnx)
+            self.assertNotEqual(self.versions(), [])
+            cnx.rollback()
+        self.assertEqual(self.versions(), [])
+
+    def test_the_suffix_option_does_not_matter(self):
+        self.set_option("s3-transaction-suffix-key", True)
+        with self.admin_access.repo_cnx() as cnx:
+            document = self.create(cnx)
+            ((name, _),) = [ref.values() for ref in self.versions()]
+            cnx.commit()
+        self.assertEqual(self.storage.parse_key(self.row(document.eid))[0], name)
+
+    def test_a_row_from_before_the_option(self):
+        self.set_option("s3-activate-object-versioning", False)
+        eid = self.committed(b"old")
+        self.set_option("s3-activate-object-versioning", True)
+        self.assertEqual(self.read(eid), b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            cnx.commit()
+        self.assertEqual(self.read(eid), b"new")
+
+    def test_a_row_from_before_the_option_whose_key_stays(self):
+        self.set_storage("Document", "content", OwnKeyStorage(self.bucket))
+        self.set_option("s3-activate-object-versioning", False)
+        eid = self.committed(b"old")
+        self.set_option("s3-activate-object-versioning", True)
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            cnx.commit()
+        self.assertEqual(self.read(eid), b"new")
+        self.assertEqual(list(self.objects().values()), [b"new"])
+
+    def test_rows_with_versions_after_the_option_is_turned_off(self):
+        eid, other = self.committed(b"old"), self.committed(b"other")
+        self.set_option("s3-activate-object-versioning", False)
+        self.assertEqual(self.read(eid), b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_delete()
+            cnx.commit()
+        self.assertEqual(self.read(other), b"other")
+        self.assertEqual(len(self.versions()), 1)
+
+
+class UnversionedBucketTC(S3TC):
+    """The option without the bucket's versioning."""
+
+    storage_class = OwnKeyStorage
+
+    def setUp(self):
+        super().setUp()
+        self.set_option("s3-activate-object-versioning", True)
+
+    def test_it_is_as_safe_as_without_the_option(self):
+        eid = self.committed(b"old")
+        self.assertEqual(self.row(eid), f"documents/{eid}")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            cnx.rollback()
+        self.assertEqual(self.read(eid), b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            cnx.commit()
+        self.assertEqual(self.objects(), {f"documents/{eid}": b"new"})
+
+
+class VersionedBucketTC(S3TC):
+    """The bucket's versioning without the option."""
+
+    def setUp(self):
+        super().setUp()
+        self.keep_versions()
+        self.set_option("s3-activate-object-versioning", False)
+
+    def test_rollback_leaves_neither_version_nor_marker(self):
+        with self.admin_access.repo_cnx() as cnx:
+            self.create(cnx)
+            cnx.rollback()
+        self.assertEqual(self.versions(), [])
+
+    def test_delete_leaves_the_version_to_the_bucket(self):
+        eid = self.committed(b"content")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_delete()
+            cnx.commit()
+        self.assertEqual(self.objects(), {})
+        self.assertEqual(len(self.versions()), 2)
