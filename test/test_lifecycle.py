@@ -319,6 +319,6 @@ class RollbackTC(S3TC):
         with self.admin_access.repo_cnx() as cnx:
             self.create(cnx)
             with self.assertRaises(ValidationError):
-                cnx.create_entity("CWUser", login="admin", upassword="x")
+                cnx.create_entity("CWGroup")
             cnx.rollback()
         self.assertEqual(self.objects(), {})

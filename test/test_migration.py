@@ -5,10 +5,10 @@ import io
 
 from cubicweb import Binary
 from cubicweb.server.migractions import ServerMigrationHelper
-from s3server import Fault
-from testlib import S3TC, ContentHashStorage, OwnKeyStorage
 
 from cubicweb_s3storage.errors import AccessRefused
+from s3server import Fault
+from testlib import S3TC, ContentHashStorage, OwnKeyStorage
 
 
 class StorageChangedTC(S3TC):
@@ -64,13 +64,11 @@ class StorageChangedTC(S3TC):
         self.set_storage("Document", "content", self.storage)
 
     def test_again_changes_nothing(self):
-        for storage_class in (type(self.storage), ContentHashStorage, OwnKeyStorage):
-            self.set_storage("Document", "content", storage_class(self.bucket))
-            self.migrate()
-            before = self.objects()
-            self.migrate()
-            self.assertEqual(self.objects(), before)
-            self.assertEqual(self.read_all(), self.contents)
+        self.migrate()
+        before = self.objects()
+        self.migrate()
+        self.assertEqual(self.objects(), before)
+        self.assertEqual(self.read_all(), self.contents)
 
     def test_again_with_versions_changes_nothing(self):
         self.keep_versions()
@@ -95,7 +93,7 @@ class StorageChangedTC(S3TC):
         self.migrate()
         self.assertEqual(self.read_all(), self.contents)
 
-    def test_an_update_in_the_same_transaction_counts(self):
+    def test_an_update_of_a_migrated_value(self):
         (eid, *_) = self.contents
         self.migrate()
         with self.admin_access.repo_cnx() as cnx:
@@ -104,3 +102,11 @@ class StorageChangedTC(S3TC):
         self.contents[eid] = b"new"
         self.assertEqual(self.read_all(), self.contents)
         self.assertEqual(len(self.objects()), 2)
+
+
+class ContentHashTC(StorageChangedTC):
+    storage_class = ContentHashStorage
+
+
+class OwnKeyTC(StorageChangedTC):
+    storage_class = OwnKeyStorage

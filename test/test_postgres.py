@@ -1,0 +1,143 @@
+"""Several transactions at a time, as on PostgreSQL; the same promises there."""
+
+import threading
+import unittest
+
+from cubicweb import Binary
+from cubicweb.devtools import DEFAULT_PSQL_SOURCES
+from cubicweb.devtools.apptest_config import PostgresApptestConfiguration
+from cubicweb.server.sources.storages import fsimport
+
+import pgserver
+import test_adoption
+import test_lifecycle
+import test_old_rows
+import test_reading
+import test_shared_keys
+from testlib import S3TC, ContentHashStorage
+
+
+@unittest.skipUnless(pgserver.programs(), "PostgreSQL is not installed")
+class PostgresMixin:
+    configcls = PostgresApptestConfiguration
+
+    @classmethod
+    def setUpClass(cls):
+        DEFAULT_PSQL_SOURCES["system"]["db-host"] = pgserver.start()
+        super().setUpClass()
+
+
+class CommitTC(PostgresMixin, test_lifecycle.CommitTC):
+    pass
+
+
+class RollbackTC(PostgresMixin, test_lifecycle.RollbackTC):
+    pass
+
+
+class SameContentTC(PostgresMixin, test_shared_keys.SameContentTC):
+    pass
+
+
+class OtherContentTC(PostgresMixin, test_shared_keys.OtherContentTC):
+    pass
+
+
+class ConflictTC(PostgresMixin, test_shared_keys.ConflictTC):
+    pass
+
+
+class AdoptionTC(PostgresMixin, test_adoption.AdoptionTC):
+    pass
+
+
+class OldRowsTC(PostgresMixin, test_old_rows.OldRowsTC):
+    pass
+
+
+class QueriesTC(PostgresMixin, test_reading.QueriesTC):
+    pass
+
+
+class MissingTC(PostgresMixin, test_reading.MissingTC):
+    pass
+
+
+class ConcurrencyTC(PostgresMixin, S3TC):
+    """What one transaction comes to share, another does not remove."""
+
+    storage_class = ContentHashStorage
+
+    def test_the_last_row_goes_while_another_is_on_its_way(self):
+        first = self.committed(b"content")
+        with self.admin_access.repo_cnx() as one, self.admin_access.repo_cnx() as two:
+            second = self.create(one, b"content").eid
+            two.entity_from_eid(first).cw_delete()
+            with self.assertLogs("cube.s3storage", "ERROR") as logs:
+                two.commit()
+            one.commit()
+        self.assertIn("another transaction", logs.output[0])
+        self.assertEqual(self.read(second), b"content")
+
+    def test_the_creator_is_rolled_back_while_another_row_is_on_its_way(self):
+        with self.admin_access.repo_cnx() as one, self.admin_access.repo_cnx() as two:
+            self.create(one, b"content")
+            eid = self.create(two, b"content").eid
+            with self.assertLogs("cube.s3storage", "ERROR"):
+                one.rollback()
+            two.commit()
+        self.assertEqual(self.read(eid), b"content")
+
+    def test_an_object_goes_while_it_is_adopted(self):
+        first = self.committed(b"content")
+        with self.admin_access.repo_cnx() as one, self.admin_access.repo_cnx() as two:
+            with fsimport(one):
+                key = self.row(first).encode()
+                second = one.create_entity("Document", content=Binary(key)).eid
+            two.entity_from_eid(first).cw_delete()
+            with self.assertLogs("cube.s3storage", "ERROR"):
+                two.commit()
+            one.commit()
+        self.assertEqual(self.read(second), b"content")
+
+    def test_without_others_everything_is_removed(self):
+        first, second = self.committed(b"1"), self.committed(b"2")
+        with self.admin_access.repo_cnx() as one, self.admin_access.repo_cnx() as two:
+            one.entity_from_eid(first).cw_delete()
+            two.entity_from_eid(second).cw_delete()
+            one.commit()
+            two.commit()
+        self.assertEqual(self.objects(), {})
+
+    def test_threads_that_create_and_delete_equal_contents(self):
+        contents = (b"a", b"b", b"c")
+        start, errors = threading.Barrier(4), []
+
+        def work(number: int) -> None:
+            start.wait()
+            try:
+                with self.admin_access.repo_cnx() as cnx:
+                    for n in range(12):
+                        content = contents[(number + n) % 3]
+                        document = self.create(cnx, content)
+                        if n % 4 == 3:
+                            cnx.rollback()
+                            continue
+                        cnx.commit()
+                        if n % 2:
+                            document.cw_delete()
+                            cnx.commit()
+            except Exception as error:  # noqa: BLE001
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
+        with self.admin_access.repo_cnx() as cnx:
+            rows = cnx.execute("Any X WHERE X is Document").rows
+        self.assertGreater(len(rows), 0)
+        for (eid,) in rows:
+            self.assertIn(self.read(eid), contents)
