@@ -33,6 +33,7 @@ setup(
             "flask",
             "flask-cors",
             "moto[s3] >= 5",
+            "psycopg2-binary",
             "pytest",
         ],
     },

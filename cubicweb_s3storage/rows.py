@@ -20,6 +20,8 @@ BATCH = 500
 #: advisory locks per bucket. A transaction that writes a hundred thousand keys
 #: must not need as many locks: PostgreSQL has room for some thousands in all.
 STRIPES = 128
+#: how long a transaction waits for another one's moves
+MOVE_TIMEOUT = "60s"
 
 
 class Holder(NamedTuple):
@@ -88,6 +90,34 @@ def try_lock(cnx: Connection, bucket: str, keys: Iterable[str]) -> set[str]:
     args = {"space": _lock_space(bucket), "stripes": stripes}
     locked = {stripe for (stripe,) in _select(cnx, sql, args)}
     return {key for key in keys if _stripe(key) in locked}
+
+
+def lock_moves(cnx: Connection, bucket: str, keys: Iterable[str]) -> None:
+    """Wait until no other transaction is about to move objects to these keys.
+
+    Two transactions that replace one object thus move theirs in the order of their
+    commits. Outlives the commit: call `unlock_moves` as often.
+    """
+    if _is_postgres(cnx):
+        ((timeout,),) = _select(cnx, "SELECT current_setting('lock_timeout')", {})
+        set_timeout = "SELECT set_config('lock_timeout', %(timeout)s, true)"
+        _select(cnx, set_timeout, {"timeout": MOVE_TIMEOUT})
+        _on_stripes(cnx, "pg_advisory_lock", f"{bucket} moves", keys)
+        _select(cnx, set_timeout, {"timeout": timeout})
+
+
+def unlock_moves(cnx: Connection, bucket: str, keys: Iterable[str]) -> None:
+    """Let others move objects to these keys."""
+    if _is_postgres(cnx):
+        _on_stripes(cnx, "pg_advisory_unlock", f"{bucket} moves", keys)
+
+
+def _on_stripes(
+    cnx: Connection, function: str, bucket: str, keys: Iterable[str]
+) -> None:
+    sql = f"SELECT {function}(%(space)s, stripe) FROM unnest(%(stripes)s) AS stripe"
+    stripes = sorted({_stripe(key) for key in keys})
+    _select(cnx, sql, {"space": _lock_space(bucket), "stripes": stripes})
 
 
 def _attributes(cnx: Connection, bucket: str) -> Iterator[tuple[str, str]]:

@@ -410,15 +410,16 @@ def _diagnosis(error: Exception, task: str) -> tuple[type[S3StorageError], str, 
     failed = f"Cannot {task}"
     if isinstance(error, ClientError):
         return _diagnosis_of_answer(error, failed)
+    reason = str(error).rstrip(". ")
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-        return AccessRefused, f"{failed}: {error}", NO_CREDENTIALS_REMEDY
+        return AccessRefused, f"{failed}: {reason}", NO_CREDENTIALS_REMEDY
     if isinstance(error, CredentialRetrievalError):
-        return AccessRefused, f"{failed}: {error}", "Correct the credentials"
+        return AccessRefused, f"{failed}: {reason}", "Correct the credentials"
     if isinstance(error, (BotoConnectionError, HTTPClientError, IncompleteReadError)):
         remedy = "Check the endpoint (AWS_S3_ENDPOINT_URL) and the network, try again"
-        return S3Unreachable, f"{failed}, S3 is unreachable: {error}", remedy
+        return S3Unreachable, f"{failed}, S3 is unreachable: {reason}", remedy
     remedy = "Correct the AWS configuration, the bucket or the arguments of the upload"
-    return S3StorageError, f"{failed}: {error}", remedy
+    return S3StorageError, f"{failed}: {reason}", remedy
 
 
 def _diagnosis_of_answer(

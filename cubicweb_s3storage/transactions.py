@@ -34,6 +34,11 @@ class S3AddFileOp(DataOperationMixIn, Operation):
 
     containercls = list
 
+    def __init__(self, cnx: Connection, **kwargs) -> None:
+        super().__init__(cnx, **kwargs)
+        #: keys that are locked because objects will be moved to them, by bucket
+        self._moves: dict[str, list[str]] = {}
+
     def add_data(self, data: Upload | tuple) -> None:
         """:param data: an upload, or the tuple (storage, key, eid, attr) of 4.x"""
         if not isinstance(data, Upload):
@@ -46,6 +51,7 @@ class S3AddFileOp(DataOperationMixIn, Operation):
         for upload in self._container:
             if upload.error is not None:
                 raise upload.error
+        self._lock_moves()
         refuse_conflicts(self.cnx)
 
     def postcommit_event(self) -> None:
@@ -53,8 +59,10 @@ class S3AddFileOp(DataOperationMixIn, Operation):
             staged = [upload for upload in uploads if upload.staging_key]
             done = [upload.ref for upload in staged if self._finish(upload)]
             remove(storage, done)
+        self._unlock_moves()
 
     def rollback_event(self) -> None:
+        self._unlock_moves()
         for storage, uploads in _by_storage(self._container).items():
             own, shareable = [], []
             for upload in uploads:
@@ -69,6 +77,20 @@ class S3AddFileOp(DataOperationMixIn, Operation):
                 # What the rows name when this transaction is no more.
                 self.cnx.cnxset.rollback()
                 remove_unnamed(self.cnx, storage, shareable)
+
+    def _lock_moves(self) -> None:
+        for upload in self._container:
+            if upload.staging_key and not upload.fresh:
+                self._moves.setdefault(upload.storage.bucket, []).append(upload.key)
+        for bucket, keys in self._moves.items():
+            rows.lock_moves(self.cnx, bucket, keys)
+
+    def _unlock_moves(self) -> None:
+        if self._moves:
+            self.cnx.cnxset.rollback()
+            for bucket, keys in self._moves.items():
+                rows.unlock_moves(self.cnx, bucket, keys)
+            self.cnx.cnxset.rollback()
 
     def _finish(self, upload: Upload) -> bool:
         """Move a staged object, unless a later write of this transaction counts.

@@ -23,10 +23,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from cubicweb_s3storage.errors import S3StorageError
-from cubicweb_s3storage.s3 import make_client
+from cubicweb_s3storage.s3 import explained, make_client
 
 # CubicWeb needs pyramid 1.10, which needs pkg_resources.
 warnings.filterwarnings("ignore", "pkg_resources")
@@ -82,8 +80,8 @@ def main() -> None:
                 explain_exploring(directory, wait=not options.bucket)
     except Difference as difference:
         sys.exit(f"\nDIFFERENCE: {difference}")
-    except (BotoCoreError, ClientError, S3StorageError) as error:
-        sys.exit(f"\nS3: {error}")
+    except S3StorageError as error:
+        sys.exit(f"\n{error}")
     except subprocess.CalledProcessError as error:
         sys.exit(f"\n{error}\n{error.output}")
     finally:
@@ -297,13 +295,14 @@ class BucketView:
         self.shown: dict[str, int] = {}
 
     def sizes(self) -> dict[str, int]:
-        pages = self.client.get_paginator("list_objects_v2")
-        return {
-            entry["Key"]: entry["Size"]
-            for page in pages.paginate(Bucket=self.bucket)
-            for entry in page.get("Contents", ())
-            if entry["Key"] not in self.before
-        }
+        with explained("list the bucket", self.bucket):
+            pages = self.client.get_paginator("list_objects_v2")
+            return {
+                entry["Key"]: entry["Size"]
+                for page in pages.paginate(Bucket=self.bucket)
+                for entry in page.get("Contents", ())
+                if entry["Key"] not in self.before
+            }
 
     def show(self, when: str) -> None:
         """Print the objects, with those that came (+) and went (-)."""

@@ -1,7 +1,9 @@
 """An S3 endpoint for tests that counts requests and makes them fail.
 
 A reverse proxy before moto's server, or before the server that the variable
-TEST_S3_ENDPOINT_URL names (with credentials for it in the environment).
+TEST_S3_ENDPOINT_URL names (with credentials for it in the environment). For one with
+https, the proxy speaks TLS too, with the certificate in AWS_CA_BUNDLE, whose key
+TEST_S3_TLS_KEY names.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class Fault:
     :param after: only after the request has had its effect
     :param skip: let so many requests pass first
     :param match: only requests whose path has this text
+    :param hold: nothing fails, but the request waits for this event
     """
 
     operation: str
@@ -42,6 +45,7 @@ class Fault:
     after: bool = False
     skip: int = 0
     match: str = ""
+    hold: threading.Event | None = None
 
 
 class S3Server:
@@ -57,7 +61,15 @@ class S3Server:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.proxy = self
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if self.upstream.scheme == "https":
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(
+                os.environ["AWS_CA_BUNDLE"], os.environ["TEST_S3_TLS_KEY"]
+            )
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True
+            )
+        self.url = f"{self.upstream.scheme}://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def fault_of(self, operation: str, path: str) -> Fault | None:
@@ -94,6 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
         proxy = self.server.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = proxy.fault_of(self._operation(), self.path)
+        if fault and fault.hold:
+            fault.hold.wait()
+            fault = None
         if fault and not fault.after:
             self._fail(fault)
             return

@@ -1,9 +1,10 @@
 """Several transactions at a time, as on PostgreSQL; the same promises there."""
 
 import threading
+import time
 import unittest
 
-from cubicweb import Binary
+from cubicweb import Binary, ValidationError
 from cubicweb.devtools import DEFAULT_PSQL_SOURCES
 from cubicweb.devtools.apptest_config import PostgresApptestConfiguration
 from cubicweb.server.sources.storages import fsimport
@@ -14,7 +15,8 @@ import test_lifecycle
 import test_old_rows
 import test_reading
 import test_shared_keys
-from testlib import S3TC, ContentHashStorage
+from s3server import Fault
+from testlib import S3TC, ContentHashStorage, OwnKeyStorage
 
 
 @unittest.skipUnless(pgserver.programs(), "PostgreSQL is not installed")
@@ -141,3 +143,60 @@ class ConcurrencyTC(PostgresMixin, S3TC):
         self.assertGreater(len(rows), 0)
         for (eid,) in rows:
             self.assertIn(self.read(eid), contents)
+
+
+class MovesTC(PostgresMixin, S3TC):
+    """Objects are moved to a key in the order of the commits."""
+
+    storage_class = OwnKeyStorage
+
+    def update(self, eid: int, content: bytes) -> threading.Thread:
+        def work():
+            with self.admin_access.repo_cnx() as cnx:
+                cnx.entity_from_eid(eid).cw_set(content=Binary(content))
+                cnx.commit()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    def wait_until(self, condition) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
+
+    def waiting(self) -> bool:
+        sql = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        with self.admin_access.repo_cnx() as cnx:
+            return bool(cnx.system_sql(sql).fetchall())
+
+    def locks(self) -> int:
+        sql = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+        with self.admin_access.repo_cnx() as cnx:
+            return cnx.system_sql(sql).fetchone()[0]
+
+    def test_the_second_update_waits_for_the_move_of_the_first(self):
+        eid = self.committed(b"old")
+        go = threading.Event()
+        self.addCleanup(go.set)
+        self.s3.faults.append(Fault("COPY", times=1, hold=go))
+        first = self.update(eid, b"first")
+        self.wait_until(lambda: "COPY" in self.s3.requests)
+        second = self.update(eid, b"second")
+        self.wait_until(self.waiting)
+        go.set()
+        first.join()
+        second.join()
+        self.assertEqual(self.objects(), {f"documents/{eid}": b"second"})
+        self.assertEqual(self.locks(), 0)
+
+    def test_no_lock_is_left_by_a_rollback(self):
+        eid = self.committed(b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            test_lifecycle.RefuseInPrecommit(cnx)
+            with self.assertRaises(ValidationError):
+                cnx.commit()
+        self.assertEqual(self.locks(), 0)
+        self.assertEqual(self.objects(), {f"documents/{eid}": b"old"})
