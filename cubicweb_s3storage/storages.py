@@ -22,12 +22,7 @@ from cubicweb_s3storage import rows, s3
 from cubicweb_s3storage.errors import InvalidKey, ObjectMissing, S3StorageError, subject
 from cubicweb_s3storage.s3 import ObjectRef
 from cubicweb_s3storage.transactions import S3AddFileOp, S3DeleteFileOp
-from cubicweb_s3storage.uploads import (
-    Upload,
-    history,
-    last_upload,
-    staging_prefix,
-)
+from cubicweb_s3storage.uploads import Upload, history, last_upload, staging_prefix
 from cubicweb_s3storage.values import MissingValue
 
 __all__ = ["S3AddFileOp", "S3DeleteFileOp", "S3Storage"]
@@ -77,6 +72,10 @@ class S3Storage(Storage):
     @s3cnx.setter
     def s3cnx(self, client: BaseClient) -> None:
         self._assigned_client = client
+
+    @s3cnx.deleter
+    def s3cnx(self) -> None:
+        self._assigned_client = None
 
     @property
     def objects(self) -> s3.Bucket:
@@ -249,7 +248,7 @@ class S3Storage(Storage):
             refs.remove(ObjectRef(key))  # the latest version may be another row's
         if len(refs) == 1 or (refs[0].version_id and UUID.fullmatch(key)):
             return refs[0]
-        return next((ref for ref in refs if self.objects.head(ref) is not None), None)
+        return self._first_there(refs)
 
     def values_naming(self, ref: ObjectRef) -> list[str]:
         """What rows may hold that name this object."""
@@ -273,6 +272,7 @@ class S3Storage(Storage):
         s3.check_key(key, self.bucket)
         arguments = _content_type(entity, attr)
         arguments.update(self.get_upload_extra_args(entity, attr, key) or {})
+        content = binary.getvalue()
         cnx = entity._cw
         upload = Upload(
             self,
@@ -285,7 +285,6 @@ class S3Storage(Storage):
         )
         # Registered first: a failing request may have had its effect.
         S3AddFileOp.get_instance(cnx).add_data(upload)
-        content = binary.getvalue()
         upload.send(cnx, content)
         self.info("Wrote %s/%s, %s bytes", self.bucket, upload.ref, len(content))
         if self.keeps_versions(cnx) and upload.version_id and not upload.staging_key:
@@ -335,17 +334,16 @@ class S3Storage(Storage):
         """Whether the value in the database is the key of its own object already."""
         try:
             key = self._decode_key(value.getvalue())
-            if not key.isprintable():
-                return False
-            content = self.get_s3_object(entity._cw, key)
-        except (InvalidKey, ObjectMissing):
+        except InvalidKey:
             return False
-        names = {key, self.parse_key(key)[0]}
-        if any(UUID.match(name) for name in names):
-            return True
+        refs = self._candidates(entity._cw, key) if key.isprintable() else []
+        ref = self._first_there(refs)
+        if ref is None or UUID.fullmatch(ref.key):
+            return ref is not None
+        content = self.get_s3_object(entity._cw, key)
         entity.cw_edited.edited_attribute(attr, content)
         try:
-            return self.new_s3_key(entity, attr) in names
+            return self.new_s3_key(entity, attr) == ref.key
         finally:
             entity.cw_edited.edited_attribute(attr, value)
 
@@ -380,6 +378,9 @@ class S3Storage(Storage):
         if self.suffix and key.endswith(self.suffix) and key != self.suffix:
             refs.append(ObjectRef(key.removesuffix(self.suffix)))
         return refs
+
+    def _first_there(self, refs: list[ObjectRef]) -> ObjectRef | None:
+        return next((ref for ref in refs if self.objects.head(ref) is not None), None)
 
     def _staged_before_a_crash(self, key: str) -> str | None:
         """The staged copy that a crash between commit and move has left, if any."""

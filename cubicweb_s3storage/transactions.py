@@ -55,28 +55,35 @@ class S3AddFileOp(DataOperationMixIn, Operation):
         refuse_conflicts(self.cnx)
 
     def postcommit_event(self) -> None:
-        for storage, uploads in _by_storage(self._container).items():
-            staged = [upload for upload in uploads if upload.staging_key]
-            done = [upload.ref for upload in staged if self._finish(upload)]
-            remove(storage, done)
-        self._unlock_moves()
+        try:
+            for storage, uploads in _by_storage(self._container).items():
+                staged = [upload for upload in uploads if upload.staging_key]
+                done = [upload.ref for upload in staged if self._finish(upload)]
+                remove(storage, done)
+        finally:
+            self._unlock_moves()
 
     def rollback_event(self) -> None:
-        self._unlock_moves()
-        for storage, uploads in _by_storage(self._container).items():
-            own, shareable = [], []
-            for upload in uploads:
-                if upload.fresh and upload.error and storage.keeps_versions(self.cnx):
-                    own.extend(_all_versions(storage, upload.key))
-                elif upload.fresh or upload.staging_key or upload.version_id:
-                    own.append(upload.ref)
-                elif upload.created:
-                    shareable.append(upload.ref)
-            remove(storage, own)
-            if shareable:
-                # What the rows name when this transaction is no more.
-                self.cnx.cnxset.rollback()
-                remove_unnamed(self.cnx, storage, shareable)
+        try:
+            for storage, uploads in _by_storage(self._container).items():
+                self._remove_written(storage, uploads)
+        finally:
+            self._unlock_moves()
+
+    def _remove_written(self, storage: S3Storage, uploads: list[Upload]) -> None:
+        own, shareable = [], []
+        for upload in uploads:
+            if upload.fresh and upload.error and storage.keeps_versions(self.cnx):
+                own.extend(_all_versions(storage, upload.key))
+            elif upload.fresh or upload.staging_key or upload.version_id:
+                own.append(upload.ref)
+            elif upload.created:
+                shareable.append(upload.ref)
+        remove(storage, own)
+        if shareable:
+            # What the rows name when this transaction is no more.
+            self.cnx.cnxset.rollback()
+            remove_unnamed(self.cnx, storage, shareable)
 
     def _lock_moves(self) -> None:
         for upload in self._container:

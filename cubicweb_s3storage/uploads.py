@@ -94,6 +94,7 @@ class Upload:
         if self.storage.keeps_versions(cnx) and real_version(head):
             self._put(content)
             return
+        self.created = head is None
         self.shared = self._is_content_of(head, content)
         if self.shared and not stages_every_write:
             # Written again: its age tells garbage collection that it is wanted.

@@ -13,6 +13,7 @@ import os
 import re
 import ssl
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -35,7 +36,7 @@ class Fault:
     :param after: only after the request has had its effect
     :param skip: let so many requests pass first
     :param match: only requests whose path has this text
-    :param hold: nothing fails, but the request waits for this event
+    :param instead: call this; nothing fails when it returns a true value
     """
 
     operation: str
@@ -45,7 +46,7 @@ class Fault:
     after: bool = False
     skip: int = 0
     match: str = ""
-    hold: threading.Event | None = None
+    instead: Callable[[], object] | None = None
 
 
 class S3Server:
@@ -106,8 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         proxy = self.server.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = proxy.fault_of(self._operation(), self.path)
-        if fault and fault.hold:
-            fault.hold.wait()
+        if fault and fault.instead and not fault.after and fault.instead():
             fault = None
         if fault and not fault.after:
             self._fail(fault)
@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
-        if fault:
+        if fault and not (fault.instead and fault.instead()):
             self._fail(fault)
             return
         self.send_response(answer.status, answer.reason)

@@ -164,6 +164,12 @@ class ClientsTC(S3TC):
         self.assertEqual(self.read(eid), b"content")
         self.assertEqual(self.s3.requests, [])
 
+    def test_one_can_be_patched_for_a_while(self):
+        mine = self.storage.s3cnx
+        with patch.object(self.storage, "s3cnx", self.client):
+            self.assertIs(self.storage.s3cnx, self.client)
+        self.assertIs(self.storage.s3cnx, mine)
+
     def test_a_subclass_can_make_its_own(self):
         client = self.client
 

@@ -180,7 +180,7 @@ class MovesTC(PostgresMixin, S3TC):
         eid = self.committed(b"old")
         go = threading.Event()
         self.addCleanup(go.set)
-        self.s3.faults.append(Fault("COPY", times=1, hold=go))
+        self.s3.faults.append(Fault("COPY", times=1, instead=go.wait))
         first = self.update(eid, b"first")
         self.wait_until(lambda: "COPY" in self.s3.requests)
         second = self.update(eid, b"second")

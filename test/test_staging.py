@@ -3,6 +3,7 @@
 from cubicweb import Binary
 
 from cubicweb_s3storage.errors import ObjectMissing
+from cubicweb_s3storage.storages import S3Storage
 from s3server import Fault
 from testlib import S3TC, ContentHashStorage, OwnKeyStorage
 
@@ -58,6 +59,15 @@ class StagingTC(S3TC):
             cnx.entity_from_eid(eid).cw_delete()
             cnx.commit()
         self.assertEqual(self.objects(), {})
+
+    def test_with_auto_delete_off_what_was_never_committed_goes(self):
+        self.set_option("s3-auto-delete", False)
+        for storage_class in (S3Storage, OwnKeyStorage):
+            self.set_storage("Document", "content", storage_class(self.bucket))
+            with self.admin_access.repo_cnx() as cnx:
+                self.create(cnx).cw_delete()
+                cnx.commit()
+            self.assertEqual(self.objects(), {})
 
     def test_two_transactions_on_one_key_do_not_meet(self):
         eid = self.committed(b"old")
