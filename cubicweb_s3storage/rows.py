@@ -22,6 +22,7 @@ BATCH = 500
 STRIPES = 128
 #: how long a transaction waits for another one's moves
 MOVE_TIMEOUT = "60s"
+MOVE_LOCKS = "s3storage_move_locks"
 
 
 class Holder(NamedTuple):
@@ -45,22 +46,42 @@ def held_value(cnx: Connection, etype: str, eid: int, attr: str) -> bytes | None
 
 def holders(cnx: Connection, bucket: str, values: Iterable[str]) -> list[Holder]:
     """The attributes kept in this bucket whose rows hold one of the values."""
-    source = cnx.repo.system_source
-    found = []
+    return list(_holders(cnx, bucket, "{column}", values))
+
+
+def holders_of_versions(
+    cnx: Connection, bucket: str, separator: str, keys: Iterable[str]
+) -> list[Holder]:
+    """The attributes whose rows hold one of the keys, the separator and more.
+
+    :return: with the key as their value
+    """
+    if _is_postgres(cnx):
+        place, part = (
+            "position(%(separator)s in {column})",
+            "substring({column}, 1, {n})",
+        )
+    else:
+        place, part = "instr({column}, %(separator)s)", "substr({column}, 1, {n})"
+    part = part.replace("{n}", f"{place} - 1")
+    expression = f"CASE WHEN {place} > 0 THEN {part} END"
+    return list(_holders(cnx, bucket, expression, keys, separator=separator))
+
+
+def _holders(
+    cnx: Connection, bucket: str, expression: str, values: Iterable[str], **named: str
+) -> Iterator[Holder]:
+    binary = cnx.repo.system_source._binary
     remaining = iter(dict.fromkeys(values))
     while batch := list(islice(remaining, BATCH)):
-        args = {
-            f"v{n}": source._binary(value.encode()) for n, value in enumerate(batch)
-        }
+        args = {f"v{n}": value for n, value in enumerate(batch)}
         wanted = ", ".join(f"%({name})s" for name in args)
+        args = {name: binary(text.encode()) for name, text in (args | named).items()}
         for etype, attr in _attributes(cnx, bucket):
-            column = f"cw_{attr}"
-            sql = (
-                f"SELECT {column}, cw_eid FROM cw_{etype} WHERE {column} IN ({wanted})"
-            )
+            found = expression.replace("{column}", f"cw_{attr}")
+            sql = f"SELECT {found}, cw_eid FROM cw_{etype} WHERE {found} IN ({wanted})"
             for value, eid in _select(cnx, sql, args):
-                found.append(Holder(bytes(value).decode(), etype, eid, attr))
-    return found
+                yield Holder(bytes(value).decode(), etype, eid, attr)
 
 
 def share_lock(cnx: Connection, bucket: str, key: str) -> None:
@@ -96,28 +117,62 @@ def lock_moves(cnx: Connection, bucket: str, keys: Iterable[str]) -> None:
     """Wait until no other transaction is about to move objects to these keys.
 
     Two transactions that replace one object thus move theirs in the order of their
-    commits. Outlives the commit: call `unlock_moves` as often.
+    commits. Only on PostgreSQL. Outlives the commit, until `unlock_moves`.
     """
     if _is_postgres(cnx):
-        ((timeout,),) = _select(cnx, "SELECT current_setting('lock_timeout')", {})
-        set_timeout = "SELECT set_config('lock_timeout', %(timeout)s, true)"
-        _select(cnx, set_timeout, {"timeout": MOVE_TIMEOUT})
-        _on_stripes(cnx, "pg_advisory_lock", f"{bucket} moves", keys)
-        _select(cnx, set_timeout, {"timeout": timeout})
+        stripes = sorted({_stripe(key) for key in keys})
+        lock = _MoveLock(cnx, _lock_space(f"{bucket} moves"), stripes)
+        cnx.transaction_data.setdefault(MOVE_LOCKS, []).append(lock)
+        lock.take()
 
 
-def unlock_moves(cnx: Connection, bucket: str, keys: Iterable[str]) -> None:
-    """Let others move objects to these keys."""
-    if _is_postgres(cnx):
-        _on_stripes(cnx, "pg_advisory_unlock", f"{bucket} moves", keys)
+def unlock_moves(cnx: Connection) -> None:
+    """Let others move objects. Ends the SQL transaction of the connection."""
+    for lock in cnx.transaction_data.pop(MOVE_LOCKS, ()):
+        lock.release()
 
 
-def _on_stripes(
-    cnx: Connection, function: str, bucket: str, keys: Iterable[str]
-) -> None:
-    sql = f"SELECT {function}(%(space)s, stripe) FROM unnest(%(stripes)s) AS stripe"
-    stripes = sorted({_stripe(key) for key in keys})
-    _select(cnx, sql, {"space": _lock_space(bucket), "stripes": stripes})
+class _MoveLock:
+    """Advisory locks of a session, given back with the data of its transaction.
+
+    CubicWeb drops these data, but calls no operation, when COMMIT fails.
+    """
+
+    def __init__(self, cnx: Connection, space: int, stripes: list[int]) -> None:
+        self._cnxset = cnx.cnxset
+        self._error = cnx.repo.system_source.DbapiError
+        self._args = {"space": space, "stripes": stripes, "timeout": MOVE_TIMEOUT}
+
+    def take(self) -> None:
+        self._execute("SELECT set_config('lock_timeout', %(timeout)s, true)")
+        self._execute(
+            "SELECT pg_advisory_lock(%(space)s, stripe)"
+            " FROM unnest(%(stripes)s) AS stripe"
+        )
+        self._execute("SET LOCAL lock_timeout TO DEFAULT")
+
+    def release(self) -> None:
+        args, self._args = self._args, None
+        if args is None:
+            return
+        try:
+            self._cnxset.rollback()
+            self._args = args
+            self._execute(
+                "SELECT pg_advisory_unlock(%(space)s, stripe)"
+                " FROM unnest(%(stripes)s) AS stripe"
+            )
+            self._cnxset.rollback()
+        except self._error:
+            pass  # A lost connection has lost its locks.
+        finally:
+            self._args = None
+
+    __del__ = release
+
+    def _execute(self, sql: str) -> None:
+        with self._cnxset.cnx.cursor() as cursor:
+            cursor.execute(sql, self._args)
 
 
 def _attributes(cnx: Connection, bucket: str) -> Iterator[tuple[str, str]]:

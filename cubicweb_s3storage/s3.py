@@ -103,7 +103,7 @@ def make_client() -> BaseClient:
 
     :raise S3StorageError: the configuration cannot be used
     """
-    with explained("configure the S3 client"):
+    try:
         endpoint_url = os.environ.get("AWS_S3_ENDPOINT_URL") or None
         settings: dict[str, Any] = {
             "connect_timeout": CONNECT_TIMEOUT,
@@ -124,6 +124,9 @@ def make_client() -> BaseClient:
                 settings[name] = "when_required"
         logger.info("S3 endpoint is %s", client.meta.endpoint_url)
         return boto3.client("s3", endpoint_url=endpoint_url, config=Config(**settings))
+    except (BotoCoreError, ValueError) as error:
+        kind, problem, remedy = _diagnosis(error, "configure the S3 client")
+        raise kind(problem, remedy=remedy) from error
 
 
 def quieten_libraries() -> None:
@@ -199,10 +202,16 @@ class Bucket:
         :param arguments: further arguments of boto3's `put_object`
         :return: the version id, None where the bucket keeps no versions
         """
-        with explained("write the object", self.name, key):
-            answer = self.client.put_object(
-                Bucket=self.name, Key=key, Body=content, **arguments
-            )
+        try:
+            with explained("write the object", self.name, key):
+                answer = self.client.put_object(
+                    Bucket=self.name, Key=key, Body=content, **arguments
+                )
+        except ObjectMissing as error:
+            remedy = "Check the endpoint (AWS_S3_ENDPOINT_URL) and the bucket"
+            raise S3StorageError(
+                error.problem, bucket=self.name, key=key, remedy=remedy
+            ) from error.__cause__
         return real_version(answer)
 
     def put_new(
@@ -218,6 +227,8 @@ class Bucket:
             code = _code(error.__cause__)
             if code in ("412", "PreconditionFailed"):
                 raise AlreadyThere(_retries(error.__cause__) > 0) from error
+            if code in ("409", "ConditionalRequestConflict"):  # is written now
+                raise AlreadyThere(retried=False) from error
             if code in NOT_IMPLEMENTED:
                 return self.put(key, content, arguments)
             raise
@@ -397,11 +408,11 @@ def is_missing(error: S3StorageError, version_id: str | None) -> bool:
 
 
 @contextmanager
-def explained(task: str, bucket: str = "", key: str = "") -> Iterator[None]:
+def explained(task: str, bucket: str, key: str = "") -> Iterator[None]:
     """Turn what botocore raises into an `S3StorageError` that a user understands."""
     try:
         yield
-    except (ClientError, BotoCoreError, ValueError) as error:
+    except (ClientError, BotoCoreError) as error:
         kind, problem, remedy = _diagnosis(error, task)
         raise kind(problem, bucket=bucket, key=key, remedy=remedy) from error
 

@@ -137,7 +137,7 @@ class S3Storage(Storage):
         :raise S3StorageError: S3 has not confirmed that it keeps the value
         """
         value = entity.cw_edited[attr]
-        with _naming(entity, attr):
+        with _concerning(entity, attr):
             if value is None:
                 return None
             if entity._cw.transaction_data.get("fs_importing"):
@@ -149,13 +149,8 @@ class S3Storage(Storage):
         replaced = self.get_s3_key(entity, attr)
         binary = self.entity_added(entity, attr)
         value = entity.cw_edited[attr]
-        kept = [None]
-        if value is not None:
-            kept.append(value.getvalue().decode())
-            if self.keeps_versions(entity._cw):
-                # A new version hides the object that it replaces by itself.
-                kept.append(self.parse_key(kept[-1])[0])
-        if replaced not in kept:
+        named = None if value is None else value.getvalue().decode()
+        if replaced not in (None, named):
             self._give_up(entity, attr, replaced)
         return binary
 
@@ -201,6 +196,15 @@ class S3Storage(Storage):
             data = (self, key, entity.eid, attr)
             S3DeleteFileOp.get_instance(entity._cw).add_data(data)
 
+    def save_s3_key(
+        self, entity: Entity, attr: str, key: str, version_id: str | None = None
+    ) -> Entity:
+        """Have the row hold the key, and the version if rows name versions."""
+        if version_id is not None and self.keeps_versions(entity._cw):
+            key = self.format_version_id_suffix(key, version_id)
+        entity.cw_edited.edited_attribute(attr, Binary(key.encode()))
+        return entity
+
     def get_s3_object(self, cnx: Connection, key: str) -> Binary:
         """The object that a row names, as this transaction sees it.
 
@@ -208,24 +212,19 @@ class S3Storage(Storage):
         :return: its content, at position 0
         :raise ObjectMissing: it is not there
         """
-        upload = last_upload(cnx, self.bucket, key)
-        if upload is not None and upload.staging_key:
-            return self.download(upload.staging_key)
-        missing = None
-        for ref in self._candidates(cnx, key):
-            try:
-                with s3.explained("read the object", self.bucket, str(ref)):
-                    version = {"VersionId": ref.version_id} if ref.version_id else {}
-                    return self.download(ref.key, **version)
-            except S3StorageError as error:
-                if not s3.is_missing(error, ref.version_id):
-                    raise
-                missing = missing or error
-        staging_key = self._staged_before_a_crash(key)
-        if staging_key is None:
-            raise missing
+        refs = self._named_by(cnx, key)
+        latest = ObjectRef(self.parse_key(key)[0])
+        if latest.key and latest not in refs and not self.keeps_versions(cnx):
+            # The bucket may have been copied without its versions.
+            refs.append(latest)
+        try:
+            return self._first_content(cnx, key, refs)
+        except ObjectMissing:
+            staging_key = self._staged_before_a_crash(key)
+            if staging_key is None:
+                raise
         self.warning("Reading %s/%s from %s", self.bucket, key, staging_key)
-        return self.download(staging_key)
+        return self._content(ObjectRef(staging_key))
 
     def download(self, key: str, **kwargs: Any) -> Binary:
         """The content of an object, at position 0.
@@ -242,20 +241,28 @@ class S3Storage(Storage):
 
         :param value: what the row has held
         """
-        refs = self._candidates(cnx, value)
-        key, version_id = self.parse_key(value)
-        if version_id and not self.keeps_versions(cnx):
-            refs.remove(ObjectRef(key))  # the latest version may be another row's
-        if len(refs) == 1 or (refs[0].version_id and UUID.fullmatch(key)):
-            return refs[0]
+        refs = self._named_by(cnx, value)
+        if len(refs) == 1 or (refs[0].version_id and UUID.fullmatch(refs[0].key)):
+            return refs[0]  # not worth a request
         return self._first_there(refs)
 
-    def values_naming(self, ref: ObjectRef) -> list[str]:
-        """What rows may hold that name this object."""
-        if ref.version_id:
-            return [self.format_version_id_suffix(ref.key, ref.version_id), ref.key]
-        # 4.x left suffixed keys in rows whose objects it had moved.
-        return [ref.key, self.suffixed_key(ref.key)]
+    def named(self, cnx: Connection, refs: set[ObjectRef]) -> set[ObjectRef]:
+        """Those of the objects that a row may name, in any of the ways of reading."""
+        values = {ref: self._values_naming(ref) for ref in refs}
+        wanted = (value for names in values.values() for value in names)
+        held = {holder.value for holder in rows.holders(cnx, self.bucket, wanted)}
+        named = {ref for ref, names in values.items() if not held.isdisjoint(names)}
+        if not self.keeps_versions(cnx):
+            latest = {
+                ref.key: ref
+                for ref in refs - named
+                if not ref.version_id and not UUID.fullmatch(ref.key)
+            }
+            for holder in rows.holders_of_versions(
+                cnx, self.bucket, self.KEY_SEPARATOR, latest
+            ):
+                named.add(latest[holder.value])
+        return named
 
     def keeps_versions(self, cnx: Connection) -> bool:
         return cnx.repo.config["s3-activate-object-versioning"]
@@ -268,38 +275,48 @@ class S3Storage(Storage):
     # internals ################################################################
 
     def _write(self, entity: Entity, attr: str, binary: Binary) -> Binary:
-        key = self.new_s3_key(entity, attr)
-        s3.check_key(key, self.bucket)
+        cnx = entity._cw
+        content = binary.getvalue()
+        key = s3.check_key(self.new_s3_key(entity, attr), self.bucket)
         arguments = _content_type(entity, attr)
         arguments.update(self.get_upload_extra_args(entity, attr, key) or {})
-        content = binary.getvalue()
-        cnx = entity._cw
+        fresh = self._makes_fresh_keys()
         upload = Upload(
             self,
             key,
             entity.eid,
             attr,
             etype=entity.cw_etype,
-            fresh=self._makes_fresh_keys(),
+            fresh=fresh,
+            visible=not fresh and self._is_named_by_its_row(entity, attr, key),
             arguments=arguments,
         )
         # Registered first: a failing request may have had its effect.
         S3AddFileOp.get_instance(cnx).add_data(upload)
         upload.send(cnx, content)
         self.info("Wrote %s/%s, %s bytes", self.bucket, upload.ref, len(content))
-        if self.keeps_versions(cnx) and upload.version_id and not upload.staging_key:
-            key = self.format_version_id_suffix(key, upload.version_id)
-        entity.cw_edited.edited_attribute(attr, Binary(key.encode()))
+        version_id = None if upload.staging_key else upload.version_id
+        self.save_s3_key(entity, attr, key, version_id)
         return binary
+
+    def _is_named_by_its_row(self, entity: Entity, attr: str, key: str) -> bool:
+        """Whether the row names the object already, in any of the ways of reading."""
+        held = self.get_s3_key(entity, attr)
+        if held is None:
+            return False
+        cnx = entity._cw
+        latest = not self.keeps_versions(cnx) and self.parse_key(held)[0] == key
+        return latest or ObjectRef(key) in self._named_by(cnx, held)
 
     def _adopt(self, entity: Entity, attr: str, value: Binary) -> Binary:
         """Take the object whose key is given as the value."""
         cnx = entity._cw
         key = self._decode_key(value.getvalue())
-        for name in {key, self.parse_key(key)[0]}:
+        refs = self._named_by(cnx, key)
+        for name in {ref.key for ref in refs}:
             rows.share_lock(cnx, self.bucket, name)
         try:
-            content = self.get_s3_object(cnx, key)
+            content = self._first_content(cnx, key, refs)
         except ObjectMissing as error:
             error.remedy = "Give the key of an object that exists"
             raise
@@ -309,22 +326,23 @@ class S3Storage(Storage):
     def _give_up(self, entity: Entity, attr: str, key: str) -> None:
         """Have the object removed after the commit, if the row was all it was for."""
         cnx = entity._cw
-        if self._was_made_by_this_transaction(cnx, key):
+        never_committed = self._was_made_by_this_transaction(cnx, key)
+        if never_committed and not cnx.repo.config["s3-auto-delete"]:
             S3DeleteFileOp.get_instance(cnx).add_data((self, key, entity.eid, attr))
-        elif cnx.ertype_supports_undo(entity.cw_etype):
+        elif cnx.ertype_supports_undo(entity.cw_etype) and not never_committed:
             self.info("Kept %s/%s, an undo may need it", self.bucket, key)
         else:
             self.delay_deletion(entity, attr, key)
 
     def _was_made_by_this_transaction(self, cnx: Connection, value: str) -> bool:
         key, version_id = self.parse_key(value)
+        uploads = history(cnx)
         return any(
             upload.fresh or upload.created
-            for upload in history(cnx).get((self.bucket, value), ())
+            for upload in uploads.get((self.bucket, value), ())
         ) or any(
-            upload.version_id == version_id
-            for upload in history(cnx).get((self.bucket, key), ())
-            if version_id
+            version_id and upload.version_id == version_id
+            for upload in uploads.get((self.bucket, key), ())
         )
 
     def _makes_fresh_keys(self) -> bool:
@@ -336,12 +354,11 @@ class S3Storage(Storage):
             key = self._decode_key(value.getvalue())
         except InvalidKey:
             return False
-        refs = self._candidates(entity._cw, key) if key.isprintable() else []
+        refs = self._named_by(entity._cw, key) if key.isprintable() else []
         ref = self._first_there(refs)
         if ref is None or UUID.fullmatch(ref.key):
             return ref is not None
-        content = self.get_s3_object(entity._cw, key)
-        entity.cw_edited.edited_attribute(attr, content)
+        entity.cw_edited.edited_attribute(attr, self._content(ref))
         try:
             return self.new_s3_key(entity, attr) == ref.key
         finally:
@@ -363,21 +380,47 @@ class S3Storage(Storage):
             error.subject = "; ".join(str(holder) for holder in held_by[:3])
             raise
 
-    def _candidates(self, cnx: Connection, value: str) -> list[ObjectRef]:
+    def _named_by(self, cnx: Connection, value: str) -> list[ObjectRef]:
         """The objects that a row may name, the likeliest first.
 
         Rows outlive the options under which they were written, and cubicweb-s3storage
-        4.x left suffixed keys in rows whose objects it had moved.
+        4.x left suffixed keys in rows whose objects it had moved. `named` is the
+        inverse.
         """
         key, version_id = self.parse_key(value)
         refs = [ObjectRef(value)]
-        if version_id and self.keeps_versions(cnx):
-            refs.insert(0, ObjectRef(key, version_id))
-        elif version_id:
-            refs += [ObjectRef(key, version_id), ObjectRef(key)]
+        if key and version_id:
+            position = 0 if self.keeps_versions(cnx) else 1
+            refs.insert(position, ObjectRef(key, version_id))
         if self.suffix and key.endswith(self.suffix) and key != self.suffix:
             refs.append(ObjectRef(key.removesuffix(self.suffix)))
         return refs
+
+    def _values_naming(self, ref: ObjectRef) -> list[str]:
+        if ref.version_id:
+            return [self.format_version_id_suffix(ref.key, ref.version_id), ref.key]
+        return [ref.key, ref.key + self.suffix]
+
+    def _first_content(
+        self, cnx: Connection, value: str, refs: list[ObjectRef]
+    ) -> Binary:
+        upload = last_upload(cnx, self.bucket, value)
+        if upload is not None and upload.staging_key:
+            return self._content(ObjectRef(upload.staging_key))
+        missing = None
+        for ref in refs:
+            try:
+                return self._content(ref)
+            except S3StorageError as error:
+                if not s3.is_missing(error, ref.version_id):
+                    raise
+                missing = missing or error
+        raise missing
+
+    def _content(self, ref: ObjectRef) -> Binary:
+        with s3.explained("read the object", self.bucket, str(ref)):
+            version = {"VersionId": ref.version_id} if ref.version_id else {}
+            return self.download(ref.key, **version)
 
     def _first_there(self, refs: list[ObjectRef]) -> ObjectRef | None:
         return next((ref for ref in refs if self.objects.head(ref) is not None), None)
@@ -416,7 +459,7 @@ def _content_type(entity: Entity, attr: str) -> dict[str, str]:
 
 
 @contextmanager
-def _naming(entity: Entity, attr: str) -> Iterator[None]:
+def _concerning(entity: Entity, attr: str) -> Iterator[None]:
     try:
         yield
     except S3StorageError as error:

@@ -8,13 +8,18 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from cubicweb.server.hook import DataOperationMixIn, LateOperation, Operation
+from cubicweb.server.hook import DataOperationMixIn, LateOperation
 from cubicweb.server.session import Connection
 
 from cubicweb_s3storage import rows
 from cubicweb_s3storage.errors import KeyConflict, S3StorageError
 from cubicweb_s3storage.s3 import MAX_DELETE, ObjectRef
-from cubicweb_s3storage.uploads import Upload, history, last_upload
+from cubicweb_s3storage.uploads import (
+    Upload,
+    history,
+    last_upload,
+    uploaded_by_application,
+)
 
 if TYPE_CHECKING:
     from cubicweb_s3storage.storages import S3Storage
@@ -25,7 +30,7 @@ logger = logging.getLogger("cube.s3storage.transactions")
 PAUSES = (0, 0.05, 0.2, 0.8)
 
 
-class S3AddFileOp(DataOperationMixIn, Operation):
+class S3AddFileOp(DataOperationMixIn, LateOperation):
     """The values that the transaction writes.
 
     Confirmed before the commit; staged ones are moved after it; a rollback removes
@@ -34,15 +39,10 @@ class S3AddFileOp(DataOperationMixIn, Operation):
 
     containercls = list
 
-    def __init__(self, cnx: Connection, **kwargs) -> None:
-        super().__init__(cnx, **kwargs)
-        #: keys that are locked because objects will be moved to them, by bucket
-        self._moves: dict[str, list[str]] = {}
-
     def add_data(self, data: Upload | tuple) -> None:
         """:param data: an upload, or the tuple (storage, key, eid, attr) of 4.x"""
         if not isinstance(data, Upload):
-            data = Upload(*data, created=True)
+            data = uploaded_by_application(self.cnx, *data)
         super().add_data(data)
 
     def precommit_event(self) -> None:
@@ -57,71 +57,87 @@ class S3AddFileOp(DataOperationMixIn, Operation):
     def postcommit_event(self) -> None:
         try:
             for storage, uploads in _by_storage(self._container).items():
-                staged = [upload for upload in uploads if upload.staging_key]
-                done = [upload.ref for upload in staged if self._finish(upload)]
-                remove(storage, done)
+                self._move_staged(storage, [u for u in uploads if u.staging_key])
         finally:
-            self._unlock_moves()
+            rows.unlock_moves(self.cnx)
 
     def rollback_event(self) -> None:
         try:
             for storage, uploads in _by_storage(self._container).items():
                 self._remove_written(storage, uploads)
         finally:
-            self._unlock_moves()
-
-    def _remove_written(self, storage: S3Storage, uploads: list[Upload]) -> None:
-        own, shareable = [], []
-        for upload in uploads:
-            if upload.fresh and upload.error and storage.keeps_versions(self.cnx):
-                own.extend(_all_versions(storage, upload.key))
-            elif upload.fresh or upload.staging_key or upload.version_id:
-                own.append(upload.ref)
-            elif upload.created:
-                shareable.append(upload.ref)
-        remove(storage, own)
-        if shareable:
-            # What the rows name when this transaction is no more.
-            self.cnx.cnxset.rollback()
-            remove_unnamed(self.cnx, storage, shareable)
+            rows.unlock_moves(self.cnx)
 
     def _lock_moves(self) -> None:
+        keys: dict[str, list[str]] = {}
         for upload in self._container:
             if upload.staging_key and not upload.fresh:
-                self._moves.setdefault(upload.storage.bucket, []).append(upload.key)
-        for bucket, keys in self._moves.items():
-            rows.lock_moves(self.cnx, bucket, keys)
+                keys.setdefault(upload.storage.bucket, []).append(upload.key)
+        for bucket in sorted(keys):
+            try:
+                rows.lock_moves(self.cnx, bucket, keys[bucket])
+            except self.cnx.repo.system_source.OperationalError as error:
+                raise KeyConflict(
+                    "Another transaction does not finish replacing objects",
+                    bucket=bucket,
+                    remedy="Try again",
+                ) from error
 
-    def _unlock_moves(self) -> None:
-        if self._moves:
-            self.cnx.cnxset.rollback()
-            for bucket, keys in self._moves.items():
-                rows.unlock_moves(self.cnx, bucket, keys)
-            self.cnx.cnxset.rollback()
+    def _move_staged(self, storage: S3Storage, uploads: list[Upload]) -> None:
+        """Move what rows name; a later write of this transaction may have won."""
+        if not uploads:
+            return
+        named = self._named_keys(storage, uploads)
+        done = []
+        for upload in uploads:
+            last = last_upload(self.cnx, storage.bucket, upload.key) is upload
+            if not (last and upload.key in named) or self._move(upload):
+                done.append(upload.ref)
+                upload.staging_key = ""
+        remove(storage, done)
 
-    def _finish(self, upload: Upload) -> bool:
-        """Move a staged object, unless a later write of this transaction counts.
-
-        :return: whether the staged copy is of no more use
-        """
-        storage = upload.storage
-        if last_upload(self.cnx, storage.bucket, upload.key) is not upload:
-            return True
+    def _named_keys(self, storage: S3Storage, uploads: list[Upload]) -> set[str]:
+        refs = {ObjectRef(upload.key) for upload in uploads}
         try:
-            storage.objects.copy(upload.ref, upload.key, upload.arguments)
+            refs = storage.named(self.cnx, refs)
+        except self.cnx.repo.system_source.DbapiError as error:
+            logger.error("Cannot ask the database, so all objects are moved: %s", error)
+        finally:
+            self.cnx.cnxset.rollback()
+        return {ref.key for ref in refs}
+
+    def _move(self, upload: Upload) -> bool:
+        bucket = upload.storage.bucket
+        try:
+            upload.storage.objects.copy(upload.ref, upload.key, upload.arguments)
         except S3StorageError as error:
             logger.critical(
                 "The new content of %s is committed, but stays under its staging key"
                 " %s in bucket %s, copy it over %s: %s",
                 upload.subject,
                 upload.ref,
-                storage.bucket,
+                bucket,
                 upload.key,
                 error,
             )
             return False
-        logger.info("Moved %s to %s/%s", upload.ref, storage.bucket, upload.key)
+        logger.info("Moved %s to %s/%s", upload.ref, bucket, upload.key)
         return True
+
+    def _remove_written(self, storage: S3Storage, uploads: list[Upload]) -> None:
+        own, shareable = [], []
+        for upload in uploads:
+            if upload.fresh and upload.error and storage.keeps_versions(self.cnx):
+                own.extend(_all_versions(storage, upload.key))
+            elif upload.created and not (upload.fresh or upload.staging_key):
+                shareable.append(upload.ref)
+            elif upload.fresh or upload.staging_key or upload.version_id:
+                own.append(upload.ref)
+        remove(storage, own)
+        if shareable:
+            # What the rows name when this transaction is no more.
+            self.cnx.cnxset.rollback()
+            remove_unnamed(self.cnx, storage, shareable)
 
 
 class S3DeleteFileOp(DataOperationMixIn, LateOperation):
@@ -153,7 +169,7 @@ def refuse_conflicts(cnx: Connection) -> None:
     """
     replaced: dict[str, list[str]] = {}
     for (bucket, key), uploads in history(cnx).items():
-        if any(upload.staging_key and not upload.fresh for upload in uploads):
+        if any(upload.replaces for upload in uploads):
             replaced.setdefault(bucket, []).append(key)
     for bucket, keys in replaced.items():
         for holder in rows.holders(cnx, bucket, keys):
@@ -222,13 +238,9 @@ def _remove_unlocked(
     :return: the latter
     """
     locked = rows.try_lock(cnx, storage.bucket, (ref.key for ref in refs))
-    naming = {ref: storage.values_naming(ref) for ref in refs if ref.key in locked}
-    held = rows.holders(
-        cnx, storage.bucket, (value for values in naming.values() for value in values)
-    )
-    named = {holder.value for holder in held}
-    remove(storage, [ref for ref, values in naming.items() if named.isdisjoint(values)])
-    return set(naming)
+    ready = {ref for ref in refs if ref.key in locked}
+    remove(storage, ready - storage.named(cnx, ready))
+    return ready
 
 
 def _by_storage(entries: Iterable[Upload | tuple]) -> dict[S3Storage, list]:

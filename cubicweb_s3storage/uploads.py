@@ -34,6 +34,7 @@ class Upload:
 
     :param key: the final key, which the row names
     :param fresh: nobody else can know the key
+    :param visible: what is written under the key would be read before the commit
     :param arguments: further arguments of boto3's `put_object`
     """
 
@@ -43,14 +44,15 @@ class Upload:
     attr: str
     etype: str = ""
     fresh: bool = False
+    visible: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     #: the key under which the content waits for the commit, when it has to
     staging_key: str = ""
     #: the version that was written, where the bucket keeps versions
     version_id: str | None = None
-    #: no object had the key before this upload, in so far as one was seen to start
+    #: there was no object under the key
     created: bool = False
-    #: an object with this key and this content was there before
+    #: there was an object with this content under the key
     shared: bool = False
     md5: str = ""
     #: why S3 has not confirmed the upload
@@ -65,6 +67,14 @@ class Upload:
     def subject(self) -> str:
         return subject(self.etype, self.eid, self.attr)
 
+    @property
+    def replaces(self) -> bool:
+        """Whether rows that hold the key may come to read another content."""
+        if self.fresh:
+            return False
+        new_version = self.version_id and not self.created and not self.shared
+        return bool(self.staging_key or new_version)
+
     def send(self, cnx: Connection, content: bytes) -> None:
         """Write the content so that nothing which is committed changes.
 
@@ -73,46 +83,50 @@ class Upload:
         history(cnx).setdefault((self.storage.bucket, self.key), []).append(self)
         try:
             if not self.fresh:
-                self.md5 = md5(content)
-                rows.share_lock(cnx, self.storage.bucket, self.key)
                 self._send_where_others_may_write(cnx, content)
             elif self.storage.stages_every_write(cnx):
                 self._stage(content)
-            else:
+            elif not (self.storage.keeps_versions(cnx) and self._put_new(content)):
                 self._put(content)
         except S3StorageError as error:
             self.error = error
             raise
 
     def _send_where_others_may_write(self, cnx: Connection, content: bytes) -> None:
-        stages_every_write = self.storage.stages_every_write(cnx)
+        self.md5 = md5(content)
+        rows.share_lock(cnx, self.storage.bucket, self.key)
+        stages = self.visible or self.storage.stages_every_write(cnx)
         head = self._head()
-        if head is None and not stages_every_write:
+        if head is None and not stages:
             if self._put_new(content):
                 return
             head = self._head()
-        if self.storage.keeps_versions(cnx) and real_version(head):
-            self._put(content)
-            return
         self.created = head is None
         self.shared = self._is_content_of(head, content)
-        if self.shared and not stages_every_write:
-            # Written again: its age tells garbage collection that it is wanted.
+        adds_version = self.storage.keeps_versions(cnx) and real_version(head)
+        if not stages and (self.shared or adds_version):
+            # A shared object is written again, too: its age tells garbage
+            # collection that somebody wants it.
             self._put(content)
         else:
             self._stage(content)
 
     def _put_new(self, content: bytes) -> bool:
-        """Write the object unless another transaction was faster."""
+        """Write the object unless another transaction was faster.
+
+        An answer that was lost does no harm: an earlier attempt of ours is found
+        when the request is tried again, and makes no second version.
+        """
         self.created = True
         try:
             self.version_id = self.storage.objects.put_new(
                 self.key, content, self.arguments
             )
         except AlreadyThere as obstacle:
-            # An earlier attempt of ours may have had its effect, its answer lost.
-            ours = obstacle.retried and self._is_content_of(self._head(), content)
-            self.created = ours
+            head = self._head()
+            self.created = obstacle.retried and self._is_content_of(head, content)
+            if self.created:
+                self.version_id = real_version(head)
         return self.created
 
     def _head(self) -> dict[str, Any] | None:
@@ -132,6 +146,20 @@ class Upload:
         self.version_id = self.storage.objects.put(
             self.ref.key, content, self.arguments
         )
+
+
+def uploaded_by_application(
+    cnx: Connection, storage: S3Storage, key: str, eid: int, attr: str
+) -> Upload:
+    """An upload that a subclass has made itself, as those written for 4.x may.
+
+    With `s3-transaction-suffix-key`, under the suffixed key.
+    """
+    upload = Upload(storage, key, eid, attr, created=True)
+    if storage.stages_every_write(cnx):
+        upload.staging_key = storage.suffixed_key(key)
+    history(cnx).setdefault((storage.bucket, key), []).append(upload)
+    return upload
 
 
 def history(cnx: Connection) -> dict[tuple[str, str], list[Upload]]:

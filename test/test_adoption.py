@@ -122,3 +122,13 @@ class AdoptionTC(S3TC):
             document = self.adopt(cnx, "écrits/été #1.txt")
             cnx.commit()
         self.assertEqual(self.read(document.eid), b"texte")
+
+    def test_an_object_that_another_transaction_has_staged_is_not_there(self):
+        self.put(f"k.tmp.{'0' * 32}", b"not committed")
+        with self.admin_access.repo_cnx() as cnx, self.assertRaises(ObjectMissing):
+            self.adopt(cnx, "k")
+
+    def test_a_version_that_is_not_there_is_refused(self):
+        self.put("k", b"content")
+        with self.admin_access.repo_cnx() as cnx, self.assertRaises(ObjectMissing):
+            self.adopt(cnx, "k#nonsense")

@@ -109,7 +109,13 @@ class OverriddenKeysTC(S3TC):
         eid = self.committed(b"content")
         self.assertEqual(self.read(eid), b"content")
 
-    def test_rollback_without_a_database_removes_no_shareable_object(self):
+    def test_a_write_that_meets_another_one(self):
+        self.s3.faults.append(Fault("PUT", 409, "ConditionalRequestConflict", times=1))
+        eid = self.committed(b"content")
+        self.assertEqual(self.read(eid), b"content")
+        self.assertEqual(len(self.objects()), 1)
+
+    def test_a_rollback_that_cannot_remove_a_shareable_object_logs_its_key(self):
         with self.admin_access.repo_cnx() as cnx:
             self.create(cnx, b"content")
             self.s3.faults.append(Fault("DELETEMANY", 500, "InternalError"))

@@ -83,6 +83,16 @@ class StorageChangedTC(S3TC):
         self.migrate()
         self.assertEqual(self.read_all(), self.contents)
 
+    def test_a_content_with_the_separator_is_a_content(self):
+        self.repo.system_source.unset_storage("Document", "content")
+        with self.admin_access.repo_cnx() as cnx:
+            for content in (b"#fff", b"a#b", b"#"):
+                self.contents[self.create(cnx, content).eid] = content
+            cnx.commit()
+        self.set_storage("Document", "content", self.storage)
+        self.migrate()
+        self.assertEqual(self.read_all(), self.contents)
+
     def test_a_refusal_stops_it_and_loses_nothing(self):
         self.s3.faults.append(Fault("PUT", 403, "AccessDenied", skip=1))
         with self.assertRaises(AccessRefused):

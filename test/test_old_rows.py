@@ -2,7 +2,8 @@
 
 from cubicweb import Binary
 
-from testlib import S3TC
+from cubicweb_s3storage.storages import S3Storage
+from testlib import S3TC, ContentHashStorage
 
 KEY = "7d2f4a5e-c5b4-11ee-8f8c-0242ac120002"  # uuid1, as 4.x made them
 
@@ -109,3 +110,40 @@ class OldRowsTC(S3TC):
         self.client.delete_object(Bucket=self.bucket, Key=f"{KEY}.tmp")
         eid = self.old(f"{KEY}.tmp#{version_id}")
         self.assertEqual(self.read(eid), b"old")
+
+    def test_a_version_without_versions_and_a_row_that_shares_its_object(self):
+        self.set_storage("Document", "content", ContentHashStorage(self.bucket))
+        other = self.committed(b"content")
+        eid = self.old(f"{self.row(other)}#3HL4kqtJvjVBH40Nrjfkd")
+        self.delete(other)
+        self.assertEqual(self.read(eid), b"content")
+
+
+class KeepsItsKeyStorage(S3Storage):
+    """As applications write one: once chosen, a key stays."""
+
+    def new_s3_key(self, entity, attr):
+        return self.get_s3_key(entity, attr) or super().new_s3_key(entity, attr)
+
+
+class OldRowsWhoseKeysStayTC(S3TC):
+    storage_class = KeepsItsKeyStorage
+
+    def test_nothing_is_visible_before_the_commit(self):
+        eid = self.committed(None)
+        for row, key in (
+            (f"{KEY}.tmp", KEY),
+            (f"{KEY}#3HL4kqtJvjVBH40Nrjfkd", KEY),
+            ("a#b", "a#b"),
+        ):
+            self.put(key, b"old")
+            self.set_row(eid, row.encode())
+            with self.admin_access.repo_cnx() as cnx:
+                cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+                self.assertEqual(self.read(eid), b"old")
+                cnx.rollback()
+            self.assertEqual(self.read(eid), b"old")
+            with self.admin_access.repo_cnx() as cnx:
+                cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+                cnx.commit()
+            self.assertEqual(self.read(eid), b"new")

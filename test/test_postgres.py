@@ -3,6 +3,7 @@
 import threading
 import time
 import unittest
+from unittest.mock import patch
 
 from cubicweb import Binary, ValidationError
 from cubicweb.devtools import DEFAULT_PSQL_SOURCES
@@ -102,6 +103,17 @@ class ConcurrencyTC(PostgresMixin, S3TC):
             one.commit()
         self.assertEqual(self.read(second), b"content")
 
+    def test_the_creator_is_rolled_back_after_another_row_adopted_its_version(self):
+        self.keep_versions()
+        self.set_option("s3-activate-object-versioning", False)
+        with self.admin_access.repo_cnx() as one, self.admin_access.repo_cnx() as two:
+            key = self.storage.get_s3_key(self.create(one, b"content"), "content")
+            with fsimport(two):
+                eid = self.create(two, key.encode()).eid
+            two.commit()
+            one.rollback()
+        self.assertEqual(self.read(eid), b"content")
+
     def test_without_others_everything_is_removed(self):
         first, second = self.committed(b"1"), self.committed(b"2")
         with self.admin_access.repo_cnx() as one, self.admin_access.repo_cnx() as two:
@@ -200,3 +212,25 @@ class MovesTC(PostgresMixin, S3TC):
                 cnx.commit()
         self.assertEqual(self.locks(), 0)
         self.assertEqual(self.objects(), {f"documents/{eid}": b"old"})
+
+    def test_no_lock_is_left_by_a_commit_that_fails(self):
+        eid = self.committed(b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            with (
+                patch.object(cnx.cnxset, "commit", side_effect=OSError("gone")),
+                self.assertRaises(OSError),
+            ):
+                cnx.commit()
+            self.assertEqual(self.locks(), 0)
+
+    def test_the_present_content_written_again_by_the_last_to_commit_stays(self):
+        eid = self.committed(b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            second = self.update(eid, b"old")
+            self.wait_until(lambda: self.s3.requests.count("PUT") == 2)
+            cnx.commit()
+        second.join()
+        self.assertEqual(self.read(eid), b"old")
+        self.assertEqual(len(self.objects()), 1)

@@ -169,6 +169,14 @@ class MissingTC(S3TC):
             cnx.commit()
         self.assertEqual(self.objects(), {self.row(first): b"new"})
 
+    def test_a_missing_key_that_starts_with_the_separator(self):
+        eid = self.committed(None)
+        self.set_row(eid, b"#x")
+        for versions in (False, True):
+            self.set_option("s3-activate-object-versioning", versions)
+            with self.assertRaises(ObjectMissing):
+                self.read(eid)
+
     def test_a_content_that_was_never_migrated_is_no_key(self):
         eid = self.committed(None)
         for content in (b"\xff\xfe", b"x" * 2000):

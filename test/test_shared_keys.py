@@ -1,6 +1,7 @@
 """Overridden keys: equal contents share an object, an entity's object is replaced."""
 
 from cubicweb import Binary
+from cubicweb.server.hook import LateOperation, Operation, SingleLastOperation
 
 from cubicweb_s3storage.errors import KeyConflict
 from cubicweb_s3storage.storages import S3DeleteFileOp, S3Storage
@@ -253,6 +254,60 @@ class OtherContentTC(S3TC):
         self.committed(b"ours")
         self.assertEqual(self.objects(), {"fixed": b"ours"})
 
+    def test_rollback_over_a_missing_object_leaves_it_missing(self):
+        eid = self.committed(b"old")
+        self.client.delete_object(Bucket=self.bucket, Key=f"documents/{eid}")
+        with self.admin_access.repo_cnx() as cnx:
+            self.update(cnx, eid, b"never committed")
+            cnx.rollback()
+        with self.assertRaises(FileNotFoundError):
+            self.read(eid)
+
+    def test_with_auto_delete_off_a_value_that_was_never_committed_replaces_none(self):
+        self.set_option("s3-auto-delete", False)
+        eid = self.committed(b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            self.update(cnx, eid, b"new")
+            cnx.entity_from_eid(eid).cw_set(content=None)
+            cnx.commit()
+        self.assertEqual(self.objects(), {f"documents/{eid}": b"old"})
+
+    def test_a_late_operation_that_writes_and_gives_up(self):
+        eid = self.committed(b"old")
+        update = self.update
+
+        class WriteLate(LateOperation):
+            def precommit_event(self):
+                update(self.cnx, eid, b"new")
+                self.cnx.entity_from_eid(eid).cw_set(content=None)
+
+        with self.admin_access.repo_cnx() as cnx:
+            self.create(cnx, b"another").cw_delete()
+            WriteLate(cnx)
+            cnx.commit()
+        self.assertEqual(self.objects(), {})
+
+    def test_operations_read_what_the_transaction_wrote_at_any_time(self):
+        eid = self.committed(b"old")
+        read = []
+
+        class Read(Operation):
+            def read(self):
+                self.cnx.drop_entity_cache()
+                read.append(self.cnx.entity_from_eid(eid).content.getvalue())
+
+            precommit_event = postcommit_event = read
+
+        class ReadLast(Read, SingleLastOperation):
+            pass
+
+        with self.admin_access.repo_cnx() as cnx:
+            Read(cnx)
+            self.update(cnx, eid, b"new")
+            ReadLast(cnx)
+            cnx.commit()
+        self.assertEqual(read, [b"new"] * 4)
+
     def test_content_type_survives_the_move(self):
         eid = self.committed(b"old", content_format="text/plain")
         with self.admin_access.repo_cnx() as cnx:
@@ -321,6 +376,20 @@ class ConflictTC(S3TC):
         self.assertEqual(self.read(first), b"other")
         self.assertEqual(self.objects(), {"fixed": b"other"})
 
+    def test_a_row_that_a_later_operation_deletes_does_not_count(self):
+        eid = self.committed(b"first")
+
+        class DeleteInPrecommit(Operation):
+            def precommit_event(self):
+                self.cnx.entity_from_eid(eid).cw_delete()
+
+        with self.admin_access.repo_cnx() as cnx:
+            second = self.create(cnx, b"second").eid
+            DeleteInPrecommit(cnx)
+            cnx.commit()
+        self.assertEqual(self.read(second), b"second")
+        self.assertEqual(self.objects(), {"fixed": b"second"})
+
     def test_a_replaced_row_does_not_count(self):
         eid = self.committed(b"first")
         with self.admin_access.repo_cnx() as cnx:
@@ -329,3 +398,14 @@ class ConflictTC(S3TC):
             cnx.commit()
         self.assertEqual(self.read(eid), b"second")
         self.assertEqual(self.objects(), {"fixed": b"second"})
+
+    def test_a_row_without_version_keeps_its_content(self):
+        self.keep_versions()
+        self.set_option("s3-activate-object-versioning", False)
+        eid = self.committed(b"first")
+        self.set_option("s3-activate-object-versioning", True)
+        with self.admin_access.repo_cnx() as cnx:
+            self.create(cnx, b"second")
+            with self.assertRaises(KeyConflict):
+                cnx.commit()
+        self.assertEqual(self.read(eid), b"first")

@@ -3,6 +3,7 @@
 from cubicweb import Binary
 
 from cubicweb_s3storage.errors import S3Unreachable
+from cubicweb_s3storage.storages import S3Storage
 from s3server import Fault
 from testlib import S3TC, ContentHashStorage, OwnKeyStorage
 
@@ -123,6 +124,30 @@ class VersionsTC(S3TC):
             cnx.commit()
         self.assertEqual(self.read(eid), b"new")
         self.assertEqual(list(self.objects().values()), [b"new"])
+
+    def test_such_a_row_shows_nothing_before_the_commit(self):
+        self.set_storage("Document", "content", OwnKeyStorage(self.bucket))
+        self.set_option("s3-activate-object-versioning", False)
+        eid = self.committed(b"0")
+        self.set_option("s3-activate-object-versioning", True)
+        for old, new in ((b"0", b"1"), (b"1", b"2")):
+            with self.admin_access.repo_cnx() as cnx:
+                cnx.entity_from_eid(eid).cw_set(content=Binary(new))
+                self.assertEqual(self.read(eid), old)
+                cnx.commit()
+            self.assertEqual(self.read(eid), new)
+
+    def test_a_lost_answer_makes_no_second_version(self):
+        for storage_class in (S3Storage, OwnKeyStorage):
+            self.set_storage("Document", "content", storage_class(self.bucket))
+            self.s3.faults.append(Fault("PUT", times=1, after=True))
+            with self.admin_access.repo_cnx() as cnx:
+                document = self.create(cnx)
+                (version,) = self.versions()
+                key = self.storage.get_s3_key(document, "content")
+                self.assertEqual(key, "#".join(version.values()))
+                cnx.rollback()
+            self.assertEqual(self.versions(), [])
 
     def test_rows_with_versions_after_the_option_is_turned_off(self):
         eid, other = self.committed(b"old"), self.committed(b"other")
