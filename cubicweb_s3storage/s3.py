@@ -310,18 +310,6 @@ class Bucket:
                 for entry in page.get("Contents", ()):
                     yield entry["Key"]
 
-    def versions(self, key: str) -> list[ObjectRef]:
-        """The versions and delete markers of one key."""
-        with explained("list the versions of the object", self.name, key):
-            pages = self.client.get_paginator("list_object_versions")
-            return [
-                ObjectRef(key, entry["VersionId"])
-                for page in pages.paginate(Bucket=self.name, Prefix=key)
-                for kind in ("Versions", "DeleteMarkers")
-                for entry in page.get(kind, ())
-                if entry["Key"] == key
-            ]
-
     def delete(self, refs: Iterable[ObjectRef]) -> dict[ObjectRef, str]:
         """Delete objects, 1000 per request; one that is not there is deleted.
 

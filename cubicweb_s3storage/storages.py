@@ -165,12 +165,15 @@ class S3Storage(Storage):
         value = entity.cw_attr_cache.get(attribute)
         if value is None:
             return
-        entity.cw_edited = EditedEntity(entity, **{attribute: value})
+        entity.cw_edited = EditedEntity(entity, **entity.cw_attr_cache)
         try:
             if not self._is_migrated(entity, attribute, value):
                 self.entity_added(entity, attribute)
                 source = entity._cw.repo.system_source
-                attrs = source.preprocess_entity(entity)
+                changes = source.preprocess_entity(entity)
+                attrs = {
+                    column: changes[column] for column in (f"cw_{attribute}", "cw_eid")
+                }
                 sql = source.sqlgen.update(f"cw_{entity.cw_etype}", attrs, ["cw_eid"])
                 source.doexec(entity._cw, sql, attrs)
         finally:
@@ -245,6 +248,17 @@ class S3Storage(Storage):
         if len(refs) == 1 or (refs[0].version_id and UUID.fullmatch(refs[0].key)):
             return refs[0]  # not worth a request
         return self._first_there(refs)
+
+    def repair(self, key: str) -> None:
+        """Move what a crash between commit and move has left, if anything.
+
+        :raise S3StorageError: it cannot be moved; it stays where it is
+        """
+        staging_key = self._staged_before_a_crash(key)
+        if staging_key is not None:
+            self.objects.copy(ObjectRef(staging_key), key, {})
+            self.objects.delete([ObjectRef(staging_key)])
+            self.warning("Moved %s to %s/%s", staging_key, self.bucket, key)
 
     def named(self, cnx: Connection, refs: set[ObjectRef]) -> set[ObjectRef]:
         """Those of the objects that a row may name, in any of the ways of reading."""

@@ -35,6 +35,7 @@ class Upload:
     :param key: the final key, which the row names
     :param fresh: nobody else can know the key
     :param visible: what is written under the key would be read before the commit
+    :param foreign: the application has written it by itself
     :param arguments: further arguments of boto3's `put_object`
     """
 
@@ -45,6 +46,7 @@ class Upload:
     etype: str = ""
     fresh: bool = False
     visible: bool = False
+    foreign: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     #: the key under which the content waits for the commit, when it has to
     staging_key: str = ""
@@ -80,7 +82,7 @@ class Upload:
 
         :raise S3StorageError: S3 has not confirmed the upload; `error` keeps it
         """
-        history(cnx).setdefault((self.storage.bucket, self.key), []).append(self)
+        register(cnx, self)
         try:
             if not self.fresh:
                 self._send_where_others_may_write(cnx, content)
@@ -97,9 +99,11 @@ class Upload:
         rows.share_lock(cnx, self.storage.bucket, self.key)
         stages = self.visible or self.storage.stages_every_write(cnx)
         head = self._head()
-        if head is None and not stages:
-            if self._put_new(content):
-                return
+        if head is None and not stages and self._put_new(content):
+            return
+        if head is None:
+            if self.visible and history(cnx)[self.storage.bucket, self.key] == [self]:
+                self.storage.repair(self.key)
             head = self._head()
         self.created = head is None
         self.shared = self._is_content_of(head, content)
@@ -155,16 +159,22 @@ def uploaded_by_application(
 
     With `s3-transaction-suffix-key`, under the suffixed key.
     """
-    upload = Upload(storage, key, eid, attr, created=True)
+    upload = Upload(storage, key, eid, attr, foreign=True, created=True)
     if storage.stages_every_write(cnx):
         upload.staging_key = storage.suffixed_key(key)
-    history(cnx).setdefault((storage.bucket, key), []).append(upload)
+    register(cnx, upload)
     return upload
 
 
 def history(cnx: Connection) -> dict[tuple[str, str], list[Upload]]:
     """The uploads of the transaction by bucket and key, in order."""
     return cnx.transaction_data.setdefault(HISTORY, {})
+
+
+def register(cnx: Connection, upload: Upload) -> None:
+    """Have the transaction know that it writes this."""
+    key = upload.storage.bucket, upload.key
+    history(cnx).setdefault(key, []).append(upload)
 
 
 def last_upload(cnx: Connection, bucket: str, key: str) -> Upload | None:

@@ -110,6 +110,28 @@ class StagingTC(S3TC):
         self.assertEqual(self.read(first), b"first")
         self.assertEqual(self.read(second), b"second")
 
+    def test_a_kept_copy_is_moved_before_another_joins_it(self):
+        self.set_storage("Document", "content", OwnKeyStorage(self.bucket))
+        self.s3.faults.append(Fault("COPY", 403, "AccessDenied"))
+        eid = self.committed(b"first")
+        self.s3.faults.clear()
+        for stages_every_write in (True, False):
+            self.set_option("s3-transaction-suffix-key", stages_every_write)
+            with self.admin_access.repo_cnx() as cnx:
+                cnx.entity_from_eid(eid).cw_set(content=Binary(b"second"))
+                self.assertEqual(self.read(eid), b"first")
+                cnx.rollback()
+            self.assertEqual(self.objects(), {f"documents/{eid}": b"first"})
+
+    def test_several_writes_of_a_new_object(self):
+        self.set_storage("Document", "content", OwnKeyStorage(self.bucket))
+        with self.admin_access.repo_cnx() as cnx:
+            document = self.create(cnx, b"1")
+            document.cw_set(content=Binary(b"2"))
+            self.assertNotIn(f"documents/{document.eid}", self.objects())
+            cnx.commit()
+        self.assertEqual(self.objects(), {f"documents/{document.eid}": b"2"})
+
     def test_of_two_staged_copies_none_is_guessed(self):
         eid = self.committed(b"content")
         key = self.row(eid)

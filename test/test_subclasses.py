@@ -162,3 +162,24 @@ class OwnDownloadTC(S3TC):
         eid = self.committed(b"broken")
         with self.assertRaisesRegex(ValueError, "^cannot decrypt$"):
             self.read(eid)
+
+
+class TitleKeyStorage(S3Storage):
+    def new_s3_key(self, entity, attr):
+        return f"titles/{entity.cw_edited['title']}"
+
+
+class TitleKeyTC(S3TC):
+    storage_class = TitleKeyStorage
+
+    def test_a_migrated_value_gets_its_key_from_other_attributes(self):
+        self.repo.system_source.unset_storage("Document", "content")
+        eid = self.committed(b"content", title="deed")
+        self.set_storage("Document", "content", self.storage)
+        with self.admin_access.repo_cnx() as cnx:
+            entity = cnx.execute("Any X, T WHERE X title T").get_entity(0, 0)
+            entity.cw_attr_cache["content"] = Binary(b"content")
+            self.storage.migrate_entity(entity, "content")
+            cnx.commit()
+        self.assertEqual(self.row(eid), "titles/deed")
+        self.assertEqual(self.read(eid), b"content")

@@ -2,7 +2,7 @@
 
 from cubicweb import Binary
 
-from cubicweb_s3storage.errors import S3Unreachable
+from cubicweb_s3storage.errors import AccessRefused, S3Unreachable
 from cubicweb_s3storage.storages import S3Storage
 from s3server import Fault
 from testlib import S3TC, ContentHashStorage, OwnKeyStorage
@@ -89,12 +89,24 @@ class VersionsTC(S3TC):
 
     def test_an_upload_whose_version_is_unknown_is_removed(self):
         self.s3.faults.append(Fault("PUT", after=True))
-        with self.admin_access.repo_cnx() as cnx:
-            with self.assertRaises(S3Unreachable):
-                self.create(cnx)
-            self.assertNotEqual(self.versions(), [])
-            cnx.rollback()
-        self.assertEqual(self.versions(), [])
+        for storage_class in (S3Storage, OwnKeyStorage):
+            self.set_storage("Document", "content", storage_class(self.bucket))
+            with self.admin_access.repo_cnx() as cnx:
+                with self.assertRaises(S3Unreachable):
+                    self.create(cnx)
+                self.assertNotEqual(self.versions(), [])
+                cnx.rollback()
+            self.assertEqual(self.versions(), [])
+
+    def test_an_upload_that_fails_leaves_no_marker(self):
+        self.s3.faults.append(Fault("PUT", 403, "AccessDenied"))
+        for storage_class in (S3Storage, OwnKeyStorage):
+            self.set_storage("Document", "content", storage_class(self.bucket))
+            with self.admin_access.repo_cnx() as cnx:
+                with self.assertRaises(AccessRefused):
+                    self.create(cnx)
+                cnx.rollback()
+            self.assertEqual(self.versions(), [])
 
     def test_the_suffix_option_does_not_matter(self):
         self.set_option("s3-transaction-suffix-key", True)
@@ -168,6 +180,16 @@ class UnversionedBucketTC(S3TC):
     def setUp(self):
         super().setUp()
         self.set_option("s3-activate-object-versioning", True)
+
+    def test_an_upload_whose_answers_are_lost_is_removed(self):
+        self.s3.faults.append(Fault("PUT", after=True))
+        for storage_class in (S3Storage, OwnKeyStorage):
+            self.set_storage("Document", "content", storage_class(self.bucket))
+            with self.admin_access.repo_cnx() as cnx:
+                with self.assertRaises(S3Unreachable):
+                    self.create(cnx)
+                cnx.rollback()
+            self.assertEqual(self.objects(), {})
 
     def test_it_is_as_safe_as_without_the_option(self):
         eid = self.committed(b"old")
