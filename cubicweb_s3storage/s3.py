@@ -170,6 +170,18 @@ class ObjectRef(NamedTuple):
         return {"Key": self.key, **version}
 
 
+class Written(NamedTuple):
+    """The outcome of a write.
+
+    :param version_id: None where the bucket keeps no versions
+    :param retried: the request was sent more than once, so that there may be further
+      versions, the effects of earlier attempts whose answers were lost
+    """
+
+    version_id: str | None
+    retried: bool
+
+
 class AlreadyThere(Exception):
     """An object has this key already.
 
@@ -196,11 +208,10 @@ class Bucket:
         self.client = client
         self.name = name
 
-    def put(self, key: str, content: bytes, arguments: Mapping[str, Any]) -> str | None:
+    def put(self, key: str, content: bytes, arguments: Mapping[str, Any]) -> Written:
         """Write an object.
 
         :param arguments: further arguments of boto3's `put_object`
-        :return: the version id, None where the bucket keeps no versions
         """
         try:
             with explained("write the object", self.name, key):
@@ -212,11 +223,11 @@ class Bucket:
             raise S3StorageError(
                 error.problem, bucket=self.name, key=key, remedy=remedy
             ) from error.__cause__
-        return real_version(answer)
+        return Written(real_version(answer), _retries(answer) > 0)
 
     def put_new(
         self, key: str, content: bytes, arguments: Mapping[str, Any]
-    ) -> str | None:
+    ) -> Written:
         """Write an object unless there is one, see `put`.
 
         :raise AlreadyThere: there is one
@@ -226,7 +237,8 @@ class Bucket:
         except S3StorageError as error:
             code = _code(error.__cause__)
             if code in ("412", "PreconditionFailed"):
-                raise AlreadyThere(_retries(error.__cause__) > 0) from error
+                retried = _retries(error.__cause__.response) > 0
+                raise AlreadyThere(retried) from error
             if code in ("409", "ConditionalRequestConflict"):  # is written now
                 raise AlreadyThere(retried=False) from error
             if code in NOT_IMPLEMENTED:
@@ -309,6 +321,20 @@ class Bucket:
             for page in pages.paginate(Bucket=self.name, Prefix=prefix):
                 for entry in page.get("Contents", ()):
                     yield entry["Key"]
+
+    def versions(self, key: str, content_md5: str = "") -> list[ObjectRef]:
+        """The versions of one object.
+
+        :param content_md5: only those with this ETag
+        """
+        with explained("list the versions of the object", self.name, key):
+            pages = self.client.get_paginator("list_object_versions")
+            return [
+                ObjectRef(key, entry["VersionId"])
+                for page in pages.paginate(Bucket=self.name, Prefix=key)
+                for entry in page.get("Versions", ())
+                if entry["Key"] == key and content_md5 in entry["ETag"]
+            ]
 
     def delete(self, refs: Iterable[ObjectRef]) -> dict[ObjectRef, str]:
         """Delete objects, 1000 per request; one that is not there is deleted.
@@ -457,9 +483,8 @@ def _code(error: BaseException | None) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def _retries(error: BaseException | None) -> int:
-    metadata = getattr(error, "response", {}).get("ResponseMetadata", {})
-    return metadata.get("RetryAttempts", 0)
+def _retries(answer: Mapping[str, Any]) -> int:
+    return answer.get("ResponseMetadata", {}).get("RetryAttempts", 0)
 
 
 def _refuses_batches(error: BaseException | None) -> bool:

@@ -13,7 +13,7 @@ from cubicweb.server.session import Connection
 
 from cubicweb_s3storage import rows
 from cubicweb_s3storage.errors import KeyConflict, S3StorageError
-from cubicweb_s3storage.s3 import MAX_DELETE, ObjectRef, real_version
+from cubicweb_s3storage.s3 import MAX_DELETE, ObjectRef
 from cubicweb_s3storage.uploads import (
     Upload,
     history,
@@ -128,34 +128,20 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
     def _remove_written(self, storage: S3Storage, uploads: list[Upload]) -> None:
         own, shareable = [], []
         for upload in uploads:
-            if upload.error and not self._has_written(upload):
-                continue
-            if upload.created and not (upload.fresh or upload.staging_key):
-                shareable.append(upload.ref)
-            elif upload.fresh or upload.staging_key or upload.version_id:
-                own.append(upload.ref)
+            refs = [upload.ref]
+            if upload.error and storage.keeps_versions(self.cnx):
+                refs = _versions_of(upload)
+            if upload.is_ours_alone:
+                own += refs
+            elif upload.created:
+                shareable += refs
+            elif upload.version_id:
+                own += refs
         remove(storage, own)
         if shareable:
             # What the rows name when this transaction is no more.
             self.cnx.cnxset.rollback()
             remove_unnamed(self.cnx, storage, shareable)
-
-    def _has_written(self, upload: Upload) -> bool:
-        """Whether an upload that failed may have had its effect.
-
-        Where rows name versions, it finds out which: removing an object that is not
-        there would make a delete marker.
-        """
-        storage = upload.storage
-        if upload.staging_key or not storage.keeps_versions(self.cnx):
-            return True
-        try:
-            head = upload.created and storage.objects.head(ObjectRef(upload.key))
-        except S3StorageError as error:
-            _log_left_behind(storage, upload.ref, error)
-            return False
-        upload.version_id = real_version(head or None)
-        return bool(head)
 
 
 class S3DeleteFileOp(DataOperationMixIn, LateOperation):
@@ -267,6 +253,22 @@ def _by_storage(entries: Iterable[Upload | tuple]) -> dict[S3Storage, list]:
         storage = entry.storage if isinstance(entry, Upload) else entry[0]
         groups.setdefault(storage, []).append(entry)
     return groups
+
+
+def _versions_of(upload: Upload) -> list[ObjectRef]:
+    """What the attempts of a failed upload may have made.
+
+    Removing an object that is not there would make a delete marker.
+    """
+    key = upload.ref.key
+    try:
+        if versions := upload.storage.objects.versions(key, upload.md5):
+            return versions
+        head = upload.storage.objects.head(ObjectRef(key))
+    except S3StorageError as error:
+        _log_left_behind(upload.storage, upload.ref, error)
+        return []
+    return [ObjectRef(key)] if head else []
 
 
 def _log_left_behind(storage: S3Storage, ref: ObjectRef, reason: object) -> None:

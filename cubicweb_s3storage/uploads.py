@@ -70,6 +70,11 @@ class Upload:
         return subject(self.etype, self.eid, self.attr)
 
     @property
+    def is_ours_alone(self) -> bool:
+        """Whether nobody else can know the key under which the content is."""
+        return self.fresh or bool(self.staging_key)
+
+    @property
     def replaces(self) -> bool:
         """Whether rows that hold the key may come to read another content."""
         if self.fresh:
@@ -88,7 +93,7 @@ class Upload:
                 self._send_where_others_may_write(cnx, content)
             elif self.storage.stages_every_write(cnx):
                 self._stage(content)
-            elif not (self.storage.keeps_versions(cnx) and self._put_new(content)):
+            else:
                 self._put(content)
         except S3StorageError as error:
             self.error = error
@@ -116,17 +121,15 @@ class Upload:
             self._stage(content)
 
     def _put_new(self, content: bytes) -> bool:
-        """Write the object unless another transaction was faster.
-
-        An answer that was lost does no harm: an earlier attempt of ours is found
-        when the request is tried again, and makes no second version.
-        """
+        """Write the object unless another transaction was faster."""
         self.created = True
+        objects = self.storage.objects
         try:
-            self.version_id = self.storage.objects.put_new(
+            self.version_id = objects.put_new(
                 self.key, content, self.arguments
-            )
+            ).version_id
         except AlreadyThere as obstacle:
+            # An earlier attempt of ours may have had its effect, its answer lost.
             head = self._head()
             self.created = obstacle.retried and self._is_content_of(head, content)
             if self.created:
@@ -147,9 +150,12 @@ class Upload:
         self._put(content)
 
     def _put(self, content: bytes) -> None:
-        self.version_id = self.storage.objects.put(
-            self.ref.key, content, self.arguments
-        )
+        objects = self.storage.objects
+        written = objects.put(self.ref.key, content, self.arguments)
+        if self.is_ours_alone and written.version_id and written.retried:
+            kept = ObjectRef(self.ref.key, written.version_id)
+            objects.delete(set(objects.versions(kept.key)) - {kept})
+        self.version_id = written.version_id
 
 
 def uploaded_by_application(
