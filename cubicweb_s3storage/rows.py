@@ -56,15 +56,10 @@ def holders_of_versions(
 
     :return: with the key as their value
     """
+    place = "instr({column}, %(separator)s)"
     if _is_postgres(cnx):
-        place, part = (
-            "position(%(separator)s in {column})",
-            "substring({column}, 1, {n})",
-        )
-    else:
-        place, part = "instr({column}, %(separator)s)", "substr({column}, 1, {n})"
-    part = part.replace("{n}", f"{place} - 1")
-    expression = f"CASE WHEN {place} > 0 THEN {part} END"
+        place = "position(%(separator)s in {column})"
+    expression = f"CASE WHEN {place} > 0 THEN substr({{column}}, 1, {place} - 1) END"
     return list(_holders(cnx, bucket, expression, keys, separator=separator))
 
 
@@ -142,33 +137,29 @@ class _MoveLock:
         self._cnxset = cnx.cnxset
         self._error = cnx.repo.system_source.DbapiError
         self._args = {"space": space, "stripes": stripes, "timeout": MOVE_TIMEOUT}
+        self._taken = False
 
     def take(self) -> None:
-        self._execute("SELECT set_config('lock_timeout', %(timeout)s, true)")
-        self._execute(
-            "SELECT pg_advisory_lock(%(space)s, stripe)"
-            " FROM unnest(%(stripes)s) AS stripe"
-        )
+        self._taken = True  # some of them, should this fail
+        self._execute("SET LOCAL lock_timeout = %(timeout)s")
+        self._on_stripes("pg_advisory_lock")
         self._execute("SET LOCAL lock_timeout TO DEFAULT")
 
     def release(self) -> None:
-        args, self._args = self._args, None
-        if args is None:
-            return
-        try:
-            self._cnxset.rollback()
-            self._args = args
-            self._execute(
-                "SELECT pg_advisory_unlock(%(space)s, stripe)"
-                " FROM unnest(%(stripes)s) AS stripe"
-            )
-            self._cnxset.rollback()
-        except self._error:
-            pass  # A lost connection has lost its locks.
-        finally:
-            self._args = None
+        if self._taken:
+            self._taken = False
+            try:
+                self._cnxset.rollback()
+                self._on_stripes("pg_advisory_unlock")
+                self._cnxset.rollback()
+            except self._error:
+                pass  # a lost connection has lost its locks
 
     __del__ = release
+
+    def _on_stripes(self, function: str) -> None:
+        stripes = "unnest(%(stripes)s) AS stripe"
+        self._execute(f"SELECT {function}(%(space)s, stripe) FROM {stripes}")
 
     def _execute(self, sql: str) -> None:
         with self._cnxset.cnx.cursor() as cursor:

@@ -77,7 +77,7 @@ class Upload:
     @property
     def replaces(self) -> bool:
         """Whether rows that hold the key may come to read another content."""
-        if self.fresh:
+        if self.fresh or self.foreign:
             return False
         new_version = self.version_id and not self.created and not self.shared
         return bool(self.staging_key or new_version)

@@ -59,6 +59,29 @@ class OwnUploadTC(S3TC):
         self.check()
 
 
+class OwnUploadByHashStorage(OwnUploadStorage):
+    def entity_added(self, entity, attr):
+        self.key = hashlib.sha1(entity.cw_edited[attr].getvalue()).hexdigest()
+        return super().entity_added(entity, attr)
+
+    def new_s3_key(self, entity, attr):
+        return self.key
+
+
+class OwnUploadByHashTC(S3TC):
+    storage_class = OwnUploadByHashStorage
+
+    def test_rows_share_an_object(self):
+        for stages_every_write in (False, True):
+            self.set_option("s3-transaction-suffix-key", stages_every_write)
+            first, second = self.committed(b"content"), self.committed(b"content")
+            with self.admin_access.repo_cnx() as cnx:
+                cnx.entity_from_eid(first).cw_delete()
+                cnx.commit()
+            self.assertEqual(self.read(second), b"content")
+            self.assertEqual(len(self.objects()), 1)
+
+
 class HashBeforeStorage(S3Storage):
     """Prepares the key before the value is written, which updates do as well."""
 
