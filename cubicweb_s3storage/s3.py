@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import boto3
-from boto3.s3.transfer import S3Transfer
 from botocore import session as botocore_session
 from botocore.client import BaseClient
 from botocore.config import Config
@@ -29,6 +28,7 @@ from botocore.exceptions import (
 from botocore.exceptions import (
     ConnectionError as BotoConnectionError,
 )
+from s3transfer.manager import TransferManager
 
 from cubicweb_s3storage.errors import (
     AccessRefused,
@@ -300,7 +300,7 @@ class Bucket:
         arguments = {
             name: value
             for name, value in arguments.items()
-            if name in S3Transfer.ALLOWED_COPY_ARGS
+            if name in TransferManager.ALLOWED_COPY_ARGS
             and name not in COPIED_WITH_THE_OBJECT
         }
         for name, value in _for_reading(arguments).items():

@@ -318,6 +318,24 @@ class OtherContentTC(S3TC):
         answer = self.client.head_object(Bucket=self.bucket, Key=self.row(eid))
         self.assertEqual(answer["ContentType"], "text/html")
 
+    def test_what_get_upload_extra_args_says_survives_the_move(self):
+        class ArgumentsStorage(OwnKeyStorage):
+            def get_upload_extra_args(self, entity, attr, key):
+                return {
+                    "CacheControl": "max-age=60",
+                    "Metadata": {"title": "deed"},
+                    "StorageClass": "STANDARD",
+                }
+
+        self.set_storage("Document", "content", ArgumentsStorage(self.bucket))
+        eid = self.committed(b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            self.update(cnx, eid, b"new")
+            cnx.commit()
+        answer = self.client.head_object(Bucket=self.bucket, Key=self.row(eid))
+        self.assertEqual(answer["CacheControl"], "max-age=60")
+        self.assertEqual(answer["Metadata"], {"title": "deed"})
+
     def test_long_keys_are_staged_too(self):
         class LongKeyStorage(S3Storage):
             def new_s3_key(self, entity, attr):
