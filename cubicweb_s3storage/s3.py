@@ -284,11 +284,12 @@ class Bucket:
         etag = head.get("ETag", "").strip('"')
         if etag == md5(content):
             return True
-        # The ETag of a plain object is its MD5; the ETags of multipart uploads
-        # and of encrypted objects are not:
+        # The ETag of an object is its MD5 unless it was uploaded in parts or is
+        # encrypted with a key of KMS or of the user:
         # https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
-        encrypted = any(name.startswith(("SSE", "ServerSide")) for name in head)
-        if re.fullmatch("[0-9a-f]{32}", etag) and not encrypted:
+        encryption = head.get("ServerSideEncryption") or "AES256"
+        is_md5 = encryption == "AES256" and "SSECustomerAlgorithm" not in head
+        if is_md5 and re.fullmatch("[0-9a-f]{32}", etag):
             return False
         return self.get(key, **_for_reading(arguments)) == content
 
