@@ -49,18 +49,15 @@ def holders(cnx: Connection, bucket: str, values: Iterable[str]) -> list[Holder]
     return list(_holders(cnx, bucket, "{column}", values))
 
 
-def holders_of_versions(
-    cnx: Connection, bucket: str, separator: str, keys: Iterable[str]
+def holders_of_parts(
+    cnx: Connection, bucket: str, separator: str, parts: Iterable[str]
 ) -> list[Holder]:
-    """The attributes whose rows hold one of the keys, the separator and more.
-
-    :return: with the key as their value
-    """
+    """Those whose rows hold one of the texts, then the separator, then anything."""
     place = "instr({column}, %(separator)s)"
     if _is_postgres(cnx):
         place = "position(%(separator)s in {column})"
-    expression = f"CASE WHEN {place} > 0 THEN substr({{column}}, 1, {place} - 1) END"
-    return list(_holders(cnx, bucket, expression, keys, separator=separator))
+    part = f"CASE WHEN {place} > 0 THEN substr({{column}}, 1, {place} - 1) END"
+    return list(_holders(cnx, bucket, part, parts, separator=separator))
 
 
 def _holders(
@@ -73,8 +70,9 @@ def _holders(
         wanted = ", ".join(f"%({name})s" for name in args)
         args = {name: binary(text.encode()) for name, text in (args | named).items()}
         for etype, attr in _attributes(cnx, bucket):
-            found = expression.replace("{column}", f"cw_{attr}")
-            sql = f"SELECT {found}, cw_eid FROM cw_{etype} WHERE {found} IN ({wanted})"
+            column = f"cw_{attr}"
+            where = f"{expression.replace('{column}', column)} IN ({wanted})"
+            sql = f"SELECT {column}, cw_eid FROM cw_{etype} WHERE {where}"
             for value, eid in _select(cnx, sql, args):
                 yield Holder(bytes(value).decode(), etype, eid, attr)
 
@@ -93,7 +91,8 @@ def share_lock(cnx: Connection, bucket: str, key: str) -> None:
 def try_lock(cnx: Connection, bucket: str, keys: Iterable[str]) -> set[str]:
     """Those of the keys that no other transaction has locked, now locked by this one.
 
-    Never waits, so that it cannot be part of a deadlock.
+    Nor is another one about to move an object there. Never waits, so that it cannot
+    be part of a deadlock.
     """
     keys = set(keys)
     if not _is_postgres(cnx):
@@ -101,9 +100,14 @@ def try_lock(cnx: Connection, bucket: str, keys: Iterable[str]) -> set[str]:
     sql = (
         "SELECT stripe FROM unnest(%(stripes)s) AS stripe"
         " WHERE pg_try_advisory_xact_lock(%(space)s, stripe)"
+        " AND pg_try_advisory_xact_lock(%(moves)s, stripe)"
     )
     stripes = sorted({_stripe(key) for key in keys})
-    args = {"space": _lock_space(bucket), "stripes": stripes}
+    args = {
+        "space": _lock_space(bucket),
+        "moves": _lock_space(f"{bucket} moves"),
+        "stripes": stripes,
+    }
     locked = {stripe for (stripe,) in _select(cnx, sql, args)}
     return {key for key in keys if _stripe(key) in locked}
 

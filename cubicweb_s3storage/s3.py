@@ -315,13 +315,13 @@ class Bucket:
                 **arguments,
             )
 
-    def keys(self, prefix: str) -> Iterator[str]:
-        """The keys that start with `prefix`, in order."""
+    def etags(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """The keys that start with `prefix`, in order, and the ETags."""
         with explained("list the keys that start with", self.name, prefix):
             pages = self.client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.name, Prefix=prefix):
                 for entry in page.get("Contents", ()):
-                    yield entry["Key"]
+                    yield entry["Key"], entry["ETag"]
 
     def versions(self, key: str, content_md5: str = "") -> list[ObjectRef]:
         """The versions of one object.

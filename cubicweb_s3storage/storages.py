@@ -19,7 +19,13 @@ from cubicweb.server.session import Connection
 from cubicweb.server.sources.storages import Storage
 
 from cubicweb_s3storage import rows, s3
-from cubicweb_s3storage.errors import InvalidKey, ObjectMissing, S3StorageError, subject
+from cubicweb_s3storage.errors import (
+    AccessRefused,
+    InvalidKey,
+    ObjectMissing,
+    S3StorageError,
+    subject,
+)
 from cubicweb_s3storage.s3 import ObjectRef
 from cubicweb_s3storage.transactions import S3AddFileOp, S3DeleteFileOp
 from cubicweb_s3storage.uploads import Upload, history, last_upload, staging_prefix
@@ -215,11 +221,7 @@ class S3Storage(Storage):
         :return: its content, at position 0
         :raise ObjectMissing: it is not there
         """
-        refs = self._named_by(cnx, key)
-        latest = ObjectRef(self.parse_key(key)[0])
-        if latest.key and latest not in refs and not self.keeps_versions(cnx):
-            # The bucket may have been copied without its versions.
-            refs.append(latest)
+        refs = self._readable(cnx, key)
         try:
             return self._first_content(cnx, key, refs)
         except ObjectMissing:
@@ -244,39 +246,58 @@ class S3Storage(Storage):
 
         :param value: what the row has held
         """
-        refs = self._named_by(cnx, value)
+        refs = self._readable(cnx, value)
         if len(refs) == 1 or (refs[0].version_id and UUID.fullmatch(refs[0].key)):
             return refs[0]  # not worth a request
         return self._first_there(refs)
 
-    def repair(self, key: str) -> None:
-        """Move what a crash between commit and move has left, if anything.
-
-        :raise S3StorageError: it cannot be moved; it stays where it is
-        """
-        staging_key = self._staged_before_a_crash(key)
-        if staging_key is not None:
-            self.objects.copy(ObjectRef(staging_key), key, {})
-            self.objects.delete([ObjectRef(staging_key)])
-            self.warning("Moved %s to %s/%s", staging_key, self.bucket, key)
-
     def named(self, cnx: Connection, refs: set[ObjectRef]) -> set[ObjectRef]:
         """Those of the objects that a row may name, in any of the ways of reading."""
-        values = {ref: self._values_naming(ref) for ref in refs}
-        wanted = (value for names in values.values() for value in names)
+        values = {
+            ref: {self.format_version_id_suffix(ref.key, ref.version_id), ref.key}
+            for ref in refs
+            if ref.version_id
+        }
+        wanted = {value for names in values.values() for value in names}
         held = {holder.value for holder in rows.holders(cnx, self.bucket, wanted)}
         named = {ref for ref, names in values.items() if not held.isdisjoint(names)}
-        if not self.keeps_versions(cnx):
-            latest = {
-                ref.key: ref
-                for ref in refs - named
-                if not ref.version_id and not UUID.fullmatch(ref.key)
-            }
-            for holder in rows.holders_of_versions(
-                cnx, self.bucket, self.KEY_SEPARATOR, latest
-            ):
-                named.add(latest[holder.value])
-        return named
+        latest = {ref.key: ref for ref in refs - values.keys()}
+        return named | {latest[key] for key, _ in self.readers(cnx, set(latest))}
+
+    def readers(
+        self, cnx: Connection, keys: set[str]
+    ) -> Iterator[tuple[str, rows.Holder]]:
+        """The keys of objects that rows may read without naming a version, with these.
+
+        The inverse of `_readable`.
+        """
+        suffixed = {key + self.suffix: key for key in keys}
+        for holder in rows.holders(cnx, self.bucket, {*keys, *suffixed}):
+            if holder.value in keys:
+                yield holder.value, holder
+            if holder.value in suffixed:
+                yield suffixed[holder.value], holder
+        # Keys and version ids, where a version may be gone; a UUID has but one row.
+        names = {
+            name: key
+            for key in keys
+            if not UUID.fullmatch(key)
+            for name in (key, key + self.suffix)
+            if name != key or not self.keeps_versions(cnx)
+        }
+        parts = {name.split(self.KEY_SEPARATOR)[0] for name in names}
+        for holder in rows.holders_of_parts(
+            cnx, self.bucket, self.KEY_SEPARATOR, parts
+        ):
+            name, _ = self.parse_key(holder.value)
+            if name in names:
+                yield names[name], holder
+
+    def reads_as(self, key: str, content_md5: str) -> bool:
+        """Whether the object, or in its place every staged copy, has this ETag."""
+        head = self.objects.head(ObjectRef(key))
+        etags = self._staged_copies(key).values() if head is None else [head["ETag"]]
+        return all(etag.strip('"') == content_md5 for etag in etags)
 
     def keeps_versions(self, cnx: Connection) -> bool:
         return cnx.repo.config["s3-activate-object-versioning"]
@@ -316,11 +337,7 @@ class S3Storage(Storage):
     def _is_named_by_its_row(self, entity: Entity, attr: str, key: str) -> bool:
         """Whether the row names the object already, in any of the ways of reading."""
         held = self.get_s3_key(entity, attr)
-        if held is None:
-            return False
-        cnx = entity._cw
-        latest = not self.keeps_versions(cnx) and self.parse_key(held)[0] == key
-        return latest or ObjectRef(key) in self._named_by(cnx, held)
+        return held is not None and ObjectRef(key) in self._readable(entity._cw, held)
 
     def _adopt(self, entity: Entity, attr: str, value: Binary) -> Binary:
         """Take the object whose key is given as the value."""
@@ -398,8 +415,7 @@ class S3Storage(Storage):
         """The objects that a row may name, the likeliest first.
 
         Rows outlive the options under which they were written, and cubicweb-s3storage
-        4.x left suffixed keys in rows whose objects it had moved. `named` is the
-        inverse.
+        4.x left suffixed keys in rows whose objects it had moved.
         """
         key, version_id = self.parse_key(value)
         refs = [ObjectRef(value)]
@@ -410,10 +426,17 @@ class S3Storage(Storage):
             refs.append(ObjectRef(key.removesuffix(self.suffix)))
         return refs
 
-    def _values_naming(self, ref: ObjectRef) -> list[str]:
-        if ref.version_id:
-            return [self.format_version_id_suffix(ref.key, ref.version_id), ref.key]
-        return [ref.key, ref.key + self.suffix]
+    def _readable(self, cnx: Connection, value: str) -> list[ObjectRef]:
+        """The objects that a row reads, the first that is there.
+
+        At last the latest version: the bucket may have been copied without versions.
+        """
+        refs = self._named_by(cnx, value)
+        key, version_id = self.parse_key(value)
+        latest = ObjectRef(key)
+        if key and version_id and latest not in refs and not self.keeps_versions(cnx):
+            refs.append(latest)
+        return refs
 
     def _first_content(
         self, cnx: Connection, value: str, refs: list[ObjectRef]
@@ -442,19 +465,23 @@ class S3Storage(Storage):
     def _staged_before_a_crash(self, key: str) -> str | None:
         """The staged copy that a crash between commit and move has left, if any."""
         try:
-            prefix = staging_prefix(self, key)
-            staged = [
-                found
-                for found in self.objects.keys(prefix)
-                if HEX_UUID.fullmatch(found.removeprefix(prefix))
-            ]
-        except S3StorageError as error:
+            copies = self._staged_copies(key)
+        except AccessRefused as error:
             self.warning("Cannot look for a staged copy: %s", error)
             return None
-        if len(staged) > 1:
-            self.error("One of %s is the content of %s/%s", staged, self.bucket, key)
+        if len(set(copies.values())) > 1:
+            self.error("One of %s is %s/%s", list(copies), self.bucket, key)
             return None
-        return staged[0] if staged else None
+        return next(iter(copies), None)
+
+    def _staged_copies(self, key: str) -> dict[str, str]:
+        """The staging keys that a key has, and the ETags of the objects there."""
+        prefix = staging_prefix(self, key)
+        return {
+            found: etag
+            for found, etag in self.objects.etags(prefix)
+            if HEX_UUID.fullmatch(found.removeprefix(prefix))
+        }
 
     def _decode_key(self, raw: bytes) -> str:
         try:

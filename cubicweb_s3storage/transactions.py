@@ -17,6 +17,7 @@ from cubicweb_s3storage.s3 import MAX_DELETE, ObjectRef
 from cubicweb_s3storage.uploads import (
     Upload,
     history,
+    is_known,
     last_upload,
     uploaded_by_application,
 )
@@ -41,9 +42,10 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
 
     def add_data(self, data: Upload | tuple) -> None:
         """:param data: an upload, or the tuple (storage, key, eid, attr) of 4.x"""
-        if not isinstance(data, Upload):
-            data = uploaded_by_application(self.cnx, *data)
-        super().add_data(data)
+        if isinstance(data, Upload):
+            super().add_data(data)
+        elif not is_known(self.cnx, *data):
+            super().add_data(uploaded_by_application(self.cnx, *data))
 
     def precommit_event(self) -> None:
         # From here on, writes of other operations get an operation of their own.
@@ -59,13 +61,17 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
             for storage, uploads in _by_storage(self._container).items():
                 self._move_staged(storage, [u for u in uploads if u.staging_key])
         finally:
-            rows.unlock_moves(self.cnx)
+            self._unlock_moves()
 
     def rollback_event(self) -> None:
         try:
             for storage, uploads in _by_storage(self._container).items():
                 self._remove_written(storage, uploads)
         finally:
+            self._unlock_moves()
+
+    def _unlock_moves(self) -> None:
+        if not any(isinstance(op, S3AddFileOp) for op in self.cnx.pending_operations):
             rows.unlock_moves(self.cnx)
 
     def _lock_moves(self) -> None:
@@ -80,6 +86,7 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
                 raise KeyConflict(
                     "Another transaction does not finish replacing objects",
                     bucket=bucket,
+                    key=keys[bucket][0],
                     remedy="Try again",
                 ) from error
 
@@ -88,14 +95,19 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
         if not uploads:
             return
         named = self._named_keys(storage, uploads)
-        done = []
+        done, moved = [], []
         for upload in uploads:
             last = last_upload(self.cnx, storage.bucket, upload.key) is upload
             wanted = last and (upload.key in named or upload.foreign)
-            if not wanted or self._move(upload):
-                done.append(upload.ref)
-                upload.staging_key = ""
+            if wanted and not self._move(upload):
+                continue
+            if wanted and not upload.foreign:
+                moved.append(ObjectRef(upload.key))
+            done.append(upload.ref)
+            upload.staging_key = ""
         remove(storage, done)
+        # Another transaction may have deleted the row in the meantime.
+        remove_unnamed(self.cnx, storage, moved)
 
     def _named_keys(self, storage: S3Storage, uploads: list[Upload]) -> set[str]:
         refs = {ObjectRef(upload.key) for upload in uploads}
@@ -171,22 +183,28 @@ def refuse_conflicts(cnx: Connection) -> None:
 
     :raise KeyConflict: this commit would do so
     """
-    replaced: dict[str, list[str]] = {}
-    for (bucket, key), uploads in history(cnx).items():
+    replaced: dict[S3Storage, set[str]] = {}
+    for (_, key), uploads in history(cnx).items():
         if any(upload.replaces for upload in uploads):
-            replaced.setdefault(bucket, []).append(key)
-    for bucket, keys in replaced.items():
-        for holder in rows.holders(cnx, bucket, keys):
-            uploads = history(cnx)[bucket, holder.value]
+            replaced.setdefault(uploads[-1].storage, set()).add(key)
+    for storage, keys in replaced.items():
+        for key, holder in storage.readers(cnx, keys):
+            uploads = history(cnx)[storage.bucket, key]
             last = uploads[-1]
             own = [u for u in uploads if (u.eid, u.attr) == (holder.eid, holder.attr)]
-            same_content = own[-1].md5 == last.md5 if own else last.shared
+            if own:
+                same_content = own[-1].md5 == last.md5
+            else:
+                # What a concurrent transaction has moved since counts, too.
+                same_content = last.shared or (
+                    bool(last.staging_key) and storage.reads_as(key, last.md5)
+                )
             if not same_content:
                 error = KeyConflict(
                     f"The object is also the value of {holder}, whose content is"
                     " another",
-                    bucket=bucket,
-                    key=holder.value,
+                    bucket=storage.bucket,
+                    key=key,
                     remedy="Return different keys for different contents from"
                     " new_s3_key",
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from cubicweb_s3storage.s3 import (
 
 if TYPE_CHECKING:
     from cubicweb_s3storage.storages import S3Storage
+
+logger = logging.getLogger("cube.s3storage.uploads")
 
 HISTORY = "s3storage_uploads"
 
@@ -104,11 +107,9 @@ class Upload:
         rows.share_lock(cnx, self.storage.bucket, self.key)
         stages = self.visible or self.storage.stages_every_write(cnx)
         head = self._head()
-        if head is None and not stages and self._put_new(content):
-            return
-        if head is None:
-            if self.visible and history(cnx)[self.storage.bucket, self.key] == [self]:
-                self.storage.repair(self.key)
+        if head is None and not stages:
+            if self._put_new(cnx, content):
+                return
             head = self._head()
         self.created = head is None
         self.shared = self._is_content_of(head, content)
@@ -120,7 +121,7 @@ class Upload:
         else:
             self._stage(content)
 
-    def _put_new(self, content: bytes) -> bool:
+    def _put_new(self, cnx: Connection, content: bytes) -> bool:
         """Write the object unless another transaction was faster."""
         self.created = True
         objects = self.storage.objects
@@ -130,10 +131,12 @@ class Upload:
             ).version_id
         except AlreadyThere as obstacle:
             # An earlier attempt of ours may have had its effect, its answer lost.
-            head = self._head()
-            self.created = obstacle.retried and self._is_content_of(head, content)
-            if self.created:
-                self.version_id = real_version(head)
+            # A version, however, has to be ours for certain.
+            self.created = (
+                obstacle.retried
+                and not self.storage.keeps_versions(cnx)
+                and self._is_content_of(self._head(), content)
+            )
         return self.created
 
     def _head(self) -> dict[str, Any] | None:
@@ -152,10 +155,19 @@ class Upload:
     def _put(self, content: bytes) -> None:
         objects = self.storage.objects
         written = objects.put(self.ref.key, content, self.arguments)
-        if self.is_ours_alone and written.version_id and written.retried:
-            kept = ObjectRef(self.ref.key, written.version_id)
-            objects.delete(set(objects.versions(kept.key)) - {kept})
         self.version_id = written.version_id
+        if self.is_ours_alone and written.version_id and written.retried:
+            self._remove_other_attempts()
+
+    def _remove_other_attempts(self) -> None:
+        objects = self.storage.objects
+        try:
+            attempts = set(objects.versions(self.ref.key)) - {self.ref}
+            failures = objects.delete(attempts)
+        except S3StorageError as error:
+            failures = {self.ref: str(error)}
+        for ref, reason in failures.items():
+            logger.warning("Earlier attempts to write %s may stay: %s", ref, reason)
 
 
 def uploaded_by_application(
@@ -170,6 +182,14 @@ def uploaded_by_application(
         upload.staging_key = storage.suffixed_key(key)
     register(cnx, upload)
     return upload
+
+
+def is_known(
+    cnx: Connection, storage: S3Storage, key: str, eid: int, attr: str
+) -> bool:
+    """Whether the transaction has registered this upload already."""
+    uploads = history(cnx).get((storage.bucket, key), ())
+    return any((upload.eid, upload.attr) == (eid, attr) for upload in uploads)
 
 
 def history(cnx: Connection) -> dict[tuple[str, str], list[Upload]]:

@@ -2,6 +2,7 @@
 
 from cubicweb import Binary
 
+from cubicweb_s3storage.errors import KeyConflict
 from cubicweb_s3storage.storages import S3Storage
 from testlib import S3TC, ContentHashStorage
 
@@ -82,6 +83,8 @@ class OldRowsTC(S3TC):
         self.put(KEY, b"old")
         eid = self.old(f"{KEY}#3HL4kqtJvjVBH40Nrjfkd")
         self.assertEqual(self.read(eid), b"old")
+        self.delete(eid)
+        self.assertEqual(self.objects(), {})
 
     def test_a_key_with_the_separator_while_versioning_is_off(self):
         self.put("boxes/3#17", b"old")
@@ -117,6 +120,29 @@ class OldRowsTC(S3TC):
         eid = self.old(f"{self.row(other)}#3HL4kqtJvjVBH40Nrjfkd")
         self.delete(other)
         self.assertEqual(self.read(eid), b"content")
+
+    def test_every_way_of_reading_keeps_an_object(self):
+        for row, key in (("a#b#v1", "a#b"), ("abc.tmp#v1", "abc"), ("x#v1", "x")):
+            self.put(key, b"old")
+            eid, other = self.old(row), self.old(key)
+            self.assertEqual(self.read(eid), b"old")
+            self.delete(other)
+            self.assertEqual(self.read(eid), b"old")
+
+    def test_every_way_of_reading_keeps_a_content(self):
+        class FixedKeyStorage(S3Storage):
+            def new_s3_key(self, entity, attr):
+                return "fixed"
+
+        self.set_storage("Document", "content", FixedKeyStorage(self.bucket))
+        self.put("fixed", b"old")
+        for row in ("fixed.tmp", "fixed#3HL4kqtJvjVBH40Nrjfkd"):
+            eid = self.old(row)
+            with self.admin_access.repo_cnx() as cnx:
+                self.create(cnx, b"new")
+                with self.assertRaises(KeyConflict):
+                    cnx.commit()
+            self.assertEqual(self.read(eid), b"old")
 
 
 class KeepsItsKeyStorage(S3Storage):

@@ -8,6 +8,7 @@ from unittest.mock import patch
 from cubicweb import Binary, ValidationError
 from cubicweb.devtools import DEFAULT_PSQL_SOURCES
 from cubicweb.devtools.apptest_config import PostgresApptestConfiguration
+from cubicweb.server.hook import LateOperation
 from cubicweb.server.sources.storages import fsimport
 
 import pgserver
@@ -16,6 +17,7 @@ import test_lifecycle
 import test_old_rows
 import test_reading
 import test_shared_keys
+from cubicweb_s3storage.storages import S3Storage
 from s3server import Fault
 from testlib import S3TC, ContentHashStorage, OwnKeyStorage
 
@@ -202,6 +204,87 @@ class MovesTC(PostgresMixin, S3TC):
         second.join()
         self.assertEqual(self.objects(), {f"documents/{eid}": b"second"})
         self.assertEqual(self.locks(), 0)
+
+    def held_move(self, transaction) -> tuple[threading.Thread, threading.Event]:
+        """Run a transaction until its first move, which waits for the event."""
+        go = threading.Event()
+        self.addCleanup(go.set)
+        self.s3.faults.append(Fault("COPY", times=1, instead=go.wait))
+        thread = threading.Thread(target=transaction)
+        thread.start()
+        self.wait_until(lambda: "COPY" in self.s3.requests)
+        return thread, go
+
+    def test_the_moves_of_late_writes_are_waited_for_too(self):
+        eid = self.committed(b"old")
+
+        class WriteLate(LateOperation):
+            def precommit_event(self):
+                document = self.cnx.entity_from_eid(eid)
+                document.cw_set(content=Binary(b"first"))
+
+        def transaction():
+            with self.admin_access.repo_cnx() as cnx:
+                self.create(cnx, b"another")
+                WriteLate(cnx)
+                cnx.commit()
+
+        first, go = self.held_move(transaction)
+        second = self.update(eid, b"second")
+        self.wait_until(self.waiting)
+        go.set()
+        first.join()
+        second.join()
+        self.assertEqual(self.read(eid), b"second")
+
+    def test_a_row_that_goes_while_its_object_is_moved_leaves_nothing(self):
+        self.set_option("s3-transaction-suffix-key", True)
+        for storage_class in (S3Storage, OwnKeyStorage):
+            self.set_storage("Document", "content", storage_class(self.bucket))
+            self.s3.requests.clear()
+            created = []
+
+            def transaction(created=created):
+                with self.admin_access.repo_cnx() as cnx:
+                    created.append(self.create(cnx).eid)
+                    cnx.commit()
+
+            first, go = self.held_move(transaction)
+            with self.admin_access.repo_cnx() as cnx:
+                cnx.entity_from_eid(created[0]).cw_delete()
+                cnx.commit()
+            go.set()
+            first.join()
+            self.assertEqual(self.objects(), {})
+
+    def test_a_row_that_is_emptied_and_filled_while_its_object_is_moved(self):
+        eid = self.committed(b"old")
+
+        def transaction():
+            with self.admin_access.repo_cnx() as cnx:
+                cnx.entity_from_eid(eid).cw_set(content=Binary(b"first"))
+                cnx.commit()
+
+        first, go = self.held_move(transaction)
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=None)
+            cnx.commit()
+        second = self.update(eid, b"third")
+        self.wait_until(self.waiting)
+        go.set()
+        first.join()
+        second.join()
+        self.assertEqual(self.objects(), {f"documents/{eid}": b"third"})
+
+    def test_equal_contents_staged_at_the_same_time(self):
+        self.set_option("s3-transaction-suffix-key", True)
+        storage = ContentHashStorage(self.bucket)
+        self.set_storage("Document", "content", storage)
+        with self.admin_access.repo_cnx() as one, self.admin_access.repo_cnx() as two:
+            eids = [self.create(one, b"c").eid, self.create(two, b"c").eid]
+            one.commit()
+            two.commit()
+        self.assertEqual([self.read(eid) for eid in eids], [b"c", b"c"])
 
     def test_no_lock_is_left_by_a_rollback(self):
         eid = self.committed(b"old")

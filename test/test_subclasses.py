@@ -7,7 +7,7 @@ from cubicweb import Binary
 import s3server
 from cubicweb_s3storage.errors import AccessRefused
 from cubicweb_s3storage.storages import S3AddFileOp, S3DeleteFileOp, S3Storage
-from testlib import S3TC
+from testlib import S3TC, OwnKeyStorage
 
 
 class OwnUploadStorage(S3Storage):
@@ -57,6 +57,25 @@ class OwnUploadTC(S3TC):
     def test_with_versions(self):
         self.keep_versions()
         self.check()
+
+
+class RegistersAgainStorage(OwnKeyStorage):
+    def entity_added(self, entity, attr):
+        binary = super().entity_added(entity, attr)
+        data = (self, self.new_s3_key(entity, attr), entity.eid, attr)
+        S3AddFileOp.get_instance(entity._cw).add_data(data)
+        return binary
+
+
+class RegistersAgainTC(S3TC):
+    storage_class = RegistersAgainStorage
+
+    def test_an_upload_counts_once(self):
+        eid = self.committed(b"old")
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_set(content=Binary(b"new"))
+            cnx.commit()
+        self.assertEqual(self.objects(), {f"documents/{eid}": b"new"})
 
 
 class OwnUploadByHashStorage(OwnUploadStorage):

@@ -155,6 +155,14 @@ class VersionsTC(S3TC):
         ((key, version_id),) = [ref.values() for ref in self.versions()]
         self.assertEqual(self.row(eid), f"{key}#{version_id}")
 
+    def test_what_earlier_attempts_left_fails_no_write(self):
+        self.s3.faults += [
+            Fault("PUT", 503, "SlowDown", times=1),
+            Fault("VERSIONS", 403, "AccessDenied", times=1),
+        ]
+        eid = self.committed(b"content")
+        self.assertEqual(self.read(eid), b"content")
+
     def test_after_a_lost_answer_the_row_names_its_version(self):
         self.set_storage("Document", "content", OwnKeyStorage(self.bucket))
         self.s3.faults.append(Fault("PUT", times=1, after=True))
