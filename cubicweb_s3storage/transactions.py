@@ -94,27 +94,29 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
         """Move what rows name; a later write of this transaction may have won."""
         if not uploads:
             return
-        named = self._named_keys(storage, uploads)
-        done, moved = [], []
+        named = self._named_keys(storage, {upload.key for upload in uploads})
+        done, moved = [], set()
         for upload in uploads:
             last = last_upload(self.cnx, storage.bucket, upload.key) is upload
             wanted = last and (upload.key in named or upload.foreign)
             if wanted and not self._move(upload):
                 continue
             if wanted and not upload.foreign:
-                moved.append(ObjectRef(upload.key))
+                moved.add(upload.key)
             done.append(upload.ref)
             upload.staging_key = ""
         remove(storage, done)
-        # Another transaction may have deleted the row in the meantime.
-        remove_unnamed(self.cnx, storage, moved)
+        if moved and self.cnx.repo.config["s3-auto-delete"]:
+            # Another transaction may have deleted the row in the meantime.
+            gone = moved - self._named_keys(storage, moved)
+            remove_unnamed(self.cnx, storage, [ObjectRef(key) for key in gone])
 
-    def _named_keys(self, storage: S3Storage, uploads: list[Upload]) -> set[str]:
-        refs = {ObjectRef(upload.key) for upload in uploads}
+    def _named_keys(self, storage: S3Storage, keys: set[str]) -> set[str]:
+        refs = {ObjectRef(key) for key in keys}
         try:
             refs = storage.named(self.cnx, refs)
         except self.cnx.repo.system_source.DbapiError as error:
-            logger.error("Cannot ask the database, so all objects are moved: %s", error)
+            logger.error("Cannot ask the database, so all objects are kept: %s", error)
         finally:
             self.cnx.cnxset.rollback()
         return {ref.key for ref in refs}
@@ -131,7 +133,7 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
                 upload.ref,
                 bucket,
                 upload.key,
-                error,
+                error.problem,
             )
             return False
         logger.info("Moved %s to %s/%s", upload.ref, bucket, upload.key)

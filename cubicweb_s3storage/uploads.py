@@ -70,7 +70,7 @@ class Upload:
 
     @property
     def subject(self) -> str:
-        return subject(self.etype, self.eid, self.attr)
+        return subject(self.etype or "entity", self.eid, self.attr)
 
     @property
     def is_ours_alone(self) -> bool:
