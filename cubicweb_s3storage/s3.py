@@ -125,8 +125,7 @@ def make_client() -> BaseClient:
         logger.info("S3 endpoint is %s", client.meta.endpoint_url)
         return boto3.client("s3", endpoint_url=endpoint_url, config=Config(**settings))
     except (BotoCoreError, ValueError) as error:
-        kind, problem, remedy = _diagnosis(error, "configure the S3 client")
-        raise kind(problem, remedy=remedy) from error
+        raise _explanation(error, "configure the S3 client") from error
 
 
 def quieten_libraries() -> None:
@@ -428,8 +427,14 @@ def explained(task: str, bucket: str, key: str = "") -> Iterator[None]:
     try:
         yield
     except (ClientError, BotoCoreError) as error:
-        kind, problem, remedy = _diagnosis(error, task)
-        raise kind(problem, bucket=bucket, key=key, remedy=remedy) from error
+        raise _explanation(error, task, bucket, key) from error
+
+
+def _explanation(
+    error: Exception, task: str, bucket: str = "", key: str = ""
+) -> S3StorageError:
+    kind, problem, remedy = _diagnosis(error, task)
+    return kind(problem, bucket=bucket, key=key, remedy=remedy)
 
 
 def _diagnosis(error: Exception, task: str) -> tuple[type[S3StorageError], str, str]:

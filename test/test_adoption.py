@@ -102,9 +102,7 @@ class AdoptionTC(S3TC):
             cnx.entity_from_eid(first).cw_delete()
             cnx.commit()
         self.assertEqual(self.read(second), b"content")
-        with self.admin_access.repo_cnx() as cnx:
-            cnx.entity_from_eid(second).cw_delete()
-            cnx.commit()
+        self.delete(second)
         self.assertEqual(self.objects(), {})
 
     def test_adoption_of_what_this_transaction_wrote(self):

@@ -15,11 +15,6 @@ class OldRowsTC(S3TC):
         self.set_row(eid, row.encode())
         return eid
 
-    def delete(self, eid: int) -> None:
-        with self.admin_access.repo_cnx() as cnx:
-            cnx.entity_from_eid(eid).cw_delete()
-            cnx.commit()
-
     def test_a_uuid(self):
         self.put(KEY, b"old")
         eid = self.old(KEY)

@@ -20,13 +20,9 @@ class SameContentTC(S3TC):
 
     def test_the_object_goes_with_the_last_row(self):
         first, second = self.committed(b"content"), self.committed(b"content")
-        with self.admin_access.repo_cnx() as cnx:
-            cnx.entity_from_eid(first).cw_delete()
-            cnx.commit()
+        self.delete(first)
         self.assertEqual(self.read(second), b"content")
-        with self.admin_access.repo_cnx() as cnx:
-            cnx.entity_from_eid(second).cw_delete()
-            cnx.commit()
+        self.delete(second)
         self.assertEqual(self.objects(), {})
 
     def test_rows_of_another_type_count(self):

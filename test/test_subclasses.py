@@ -160,9 +160,7 @@ class TidiesUpTC(S3TC):
     def test_both_objects_go(self):
         eid = self.committed(b"content")
         self.put(f"{self.row(eid)}.png", b"thumbnail")
-        with self.admin_access.repo_cnx() as cnx:
-            cnx.entity_from_eid(eid).cw_delete()
-            cnx.commit()
+        self.delete(eid)
         self.assertEqual(self.objects(), {})
 
 

@@ -29,9 +29,7 @@ class VersionsTC(S3TC):
 
     def test_delete_removes_the_version_and_leaves_no_marker(self):
         eid = self.committed(b"content")
-        with self.admin_access.repo_cnx() as cnx:
-            cnx.entity_from_eid(eid).cw_delete()
-            cnx.commit()
+        self.delete(eid)
         self.assertEqual(self.versions(), [])
 
     def test_rollback_removes_exactly_the_versions_it_made(self):
@@ -58,9 +56,7 @@ class VersionsTC(S3TC):
             cnx.commit()
         self.assertEqual(self.read(eid), b"new")
         self.assertEqual(len(self.versions()), 1)
-        with self.admin_access.repo_cnx() as cnx:
-            cnx.entity_from_eid(eid).cw_delete()
-            cnx.commit()
+        self.delete(eid)
         self.assertEqual(self.versions(), [])
 
     def test_one_key_for_equal_contents(self):
@@ -179,9 +175,7 @@ class VersionsTC(S3TC):
         eid, other = self.committed(b"old"), self.committed(b"other")
         self.set_option("s3-activate-object-versioning", False)
         self.assertEqual(self.read(eid), b"old")
-        with self.admin_access.repo_cnx() as cnx:
-            cnx.entity_from_eid(eid).cw_delete()
-            cnx.commit()
+        self.delete(eid)
         self.assertEqual(self.read(other), b"other")
         self.assertEqual(len(self.versions()), 1)
 
@@ -234,8 +228,6 @@ class VersionedBucketTC(S3TC):
 
     def test_delete_leaves_the_version_to_the_bucket(self):
         eid = self.committed(b"content")
-        with self.admin_access.repo_cnx() as cnx:
-            cnx.entity_from_eid(eid).cw_delete()
-            cnx.commit()
+        self.delete(eid)
         self.assertEqual(self.objects(), {})
         self.assertEqual(len(self.versions()), 2)

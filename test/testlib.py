@@ -85,6 +85,19 @@ class S3TC(CubicWebTC):
         self.s3.requests.clear()
         return eid
 
+    def delete(self, eid: int) -> None:
+        with self.admin_access.repo_cnx() as cnx:
+            cnx.entity_from_eid(eid).cw_delete()
+            cnx.commit()
+
+    def commit_in_vain(self, cnx) -> None:
+        """Commit, and the database refuses the COMMIT itself."""
+        with (
+            patch.object(cnx.cnxset, "commit", side_effect=OSError("gone")),
+            self.assertRaises(OSError),
+        ):
+            cnx.commit()
+
     def read(self, eid: int) -> bytes | None:
         """The content of a document, as a new connection sees it."""
         with self.admin_access.repo_cnx() as cnx:
