@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
+from cubicweb.server.repository import Repository
 from cubicweb.server.session import Connection
 
 from cubicweb_s3storage.errors import subject
@@ -35,6 +36,14 @@ class Holder(NamedTuple):
 
     def __str__(self) -> str:
         return subject(self.etype, self.eid, self.attr)
+
+
+def attributes(repo: Repository, bucket: str) -> Iterator[tuple[str, str]]:
+    """Entity types and the names of their attributes that are kept in this bucket."""
+    for etype, storages in repo.system_source._storages.items():
+        for attr, storage in storages.items():
+            if getattr(storage, "bucket", None) == bucket:
+                yield etype, attr
 
 
 def held_value(cnx: Connection, etype: str, eid: int, attr: str) -> bytes | None:
@@ -69,7 +78,7 @@ def _holders(
         args = {f"v{n}": value for n, value in enumerate(batch)}
         wanted = ", ".join(f"%({name})s" for name in args)
         args = {name: binary(text.encode()) for name, text in (args | named).items()}
-        for etype, attr in _attributes(cnx, bucket):
+        for etype, attr in attributes(cnx.repo, bucket):
             column = f"cw_{attr}"
             where = f"{expression.replace('{column}', column)} IN ({wanted})"
             sql = f"SELECT {column}, cw_eid FROM cw_{etype} WHERE {where}"
@@ -168,13 +177,6 @@ class _MoveLock:
     def _execute(self, sql: str) -> None:
         with self._cnxset.cnx.cursor() as cursor:
             cursor.execute(sql, self._args)
-
-
-def _attributes(cnx: Connection, bucket: str) -> Iterator[tuple[str, str]]:
-    for etype, storages in cnx.repo.system_source._storages.items():
-        for attr, storage in storages.items():
-            if getattr(storage, "bucket", None) == bucket:
-                yield etype, attr
 
 
 def _select(cnx: Connection, sql: str, args: dict) -> list[tuple]:

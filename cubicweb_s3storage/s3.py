@@ -4,76 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from io import BytesIO
 from itertools import islice
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-import boto3
-from botocore import session as botocore_session
 from botocore.client import BaseClient
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
-from botocore.exceptions import (
-    ConnectionError as BotoConnectionError,
-)
+from botocore.exceptions import BotoCoreError, ClientError
 from s3transfer.manager import TransferManager
+from s3transfer.upload import UploadSubmissionTask
+from s3transfer.utils import ReadFileChunk, set_default_checksum_algorithm
 
-from cubicweb_s3storage.errors import (
-    AccessRefused,
-    BucketMissing,
-    InvalidKey,
-    ObjectMissing,
-    S3StorageError,
-    S3Unreachable,
+from cubicweb_s3storage.answers import (
+    NOT_FOUND,
+    NOT_IMPLEMENTED,
+    error_code,
+    explained,
+    is_missing,
 )
+from cubicweb_s3storage.downloads import Download
+from cubicweb_s3storage.engine import Engine
+from cubicweb_s3storage.errors import ObjectMissing, S3StorageError
+from cubicweb_s3storage.objects import ObjectRef
 
 logger = logging.getLogger("cube.s3storage.s3")
 
-#: seconds
-CONNECT_TIMEOUT = 5
-#: seconds without a byte from the server
-READ_TIMEOUT = 30
-MAX_CONNECTIONS = 32
-#: bytes of UTF-8, https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
-MAX_KEY_LENGTH = 1024
+#: bytes that are written with one request
+MAX_SINGLE = 16 * 2**20
+#: bytes of each part of a longer object
+PART = 8 * 2**20
 #: objects, https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
 MAX_DELETE = 1000
-
-AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
-NOT_FOUND = {"404", "NotFound", "NoSuchKey", "NoSuchVersion"}
-#: answers to a version id that the server cannot even parse
-BAD_VERSION = {"400", "BadRequest", "InvalidArgument"}
-NOT_IMPLEMENTED = {"501", "NotImplemented"}
 #: what a key may have and `DeleteObjects`, which is XML 1.0, cannot say
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
-CREDENTIALS_REMEDY = {
-    "InvalidAccessKeyId": "S3 does not know this access key id: correct it",
-    "SignatureDoesNotMatch": "The secret access key is wrong: correct it",
-    "ExpiredToken": "Renew the session token",
-    "RequestTimeTooSkewed": "Set the clock of this host",
-}
-NO_CREDENTIALS_REMEDY = (
-    "Give credentials as boto3 expects them: AWS_PROFILE, or AWS_ACCESS_KEY_ID and"
-    " AWS_SECRET_ACCESS_KEY"
-)
-PERMISSIONS_REMEDY = (
-    "Allow these credentials to get, put, delete and list in this bucket (without"
-    " s3:ListBucket, AWS answers so for an object that is not there)"
-)
-
+#: arguments of `put_object` that have a place where its parts are completed
+CONDITIONS = {"IfMatch", "IfNoneMatch"}
 #: what `get_object` and `head_object` need of the arguments of an upload
 READ_ARGUMENTS = {
     "ExpectedBucketOwner",
@@ -95,89 +62,17 @@ COPIED_WITH_THE_OBJECT = {
 }
 
 
-def make_client() -> BaseClient:
-    """A boto3 S3 client on the endpoint and with the settings of the environment.
-
-    Timeouts, retries and the size of the connection pool are set; retries and
-    checksums only where the user's environment or AWS configuration does not.
-
-    :raise S3StorageError: the configuration cannot be used
-    """
-    try:
-        endpoint_url = os.environ.get("AWS_S3_ENDPOINT_URL") or None
-        settings: dict[str, Any] = {
-            "connect_timeout": CONNECT_TIMEOUT,
-            "read_timeout": READ_TIMEOUT,
-            "max_pool_connections": MAX_CONNECTIONS,
-        }
-        if not _chosen_by_user("retry_mode"):
-            settings["retries"] = {"mode": "standard"}
-        client = boto3.client(
-            "s3", endpoint_url=endpoint_url, config=Config(**settings)
-        )
-        if _is_aws(client.meta.endpoint_url):
-            return client
-        # Since 1.36 boto3 adds CRC32 trailers, which other servers may refuse:
-        # https://github.com/boto/boto3/issues/4392
-        for name in ("request_checksum_calculation", "response_checksum_validation"):
-            if not _chosen_by_user(name):
-                settings[name] = "when_required"
-        logger.info("S3 endpoint is %s", client.meta.endpoint_url)
-        return boto3.client("s3", endpoint_url=endpoint_url, config=Config(**settings))
-    except (BotoCoreError, ValueError) as error:
-        raise _explanation(error, "configure the S3 client") from error
-
-
-def quieten_libraries() -> None:
-    """Keep a root logger at DEBUG from switching on the debug logs of boto3.
-
-    They print headers with session tokens and double the time of a request. A
-    level that somebody has set stays.
-    """
-    for name in ("botocore", "boto3", "s3transfer", "urllib3"):
-        library = logging.getLogger(name)
-        if library.level == logging.NOTSET:
-            library.setLevel(logging.INFO)
-
-
-def _chosen_by_user(setting: str) -> bool:
-    profile = boto3.DEFAULT_SESSION.profile_name if boto3.DEFAULT_SESSION else None
-    session = botocore_session.Session(
-        profile=profile if profile != "default" else None
-    )
-    return (
-        f"AWS_{setting.upper()}" in os.environ or setting in session.get_scoped_config()
-    )
-
-
-def _is_aws(endpoint_url: str) -> bool:
-    return (urlsplit(endpoint_url).hostname or "").endswith(AWS_DOMAINS)
-
-
-class ObjectRef(NamedTuple):
-    """One object, or one version of it."""
-
-    key: str
-    version_id: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.key} version {self.version_id}" if self.version_id else self.key
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        version = {"VersionId": self.version_id} if self.version_id else {}
-        return {"Key": self.key, **version}
-
-
 class Written(NamedTuple):
     """The outcome of a write.
 
     :param version_id: None where the bucket keeps no versions
+    :param etag: as S3 gives it
     :param retried: the request was sent more than once, so that there may be further
       versions, the effects of earlier attempts whose answers were lost
     """
 
     version_id: str | None
+    etag: str
     retried: bool
 
 
@@ -200,29 +95,78 @@ class Bucket:
     an error of botocore, is its `__cause__`.
 
     :param client: boto3 S3 client
+    :param engine: makes the requests for parts of an object
     :param name: name of the bucket
     """
 
-    def __init__(self, client: BaseClient, name: str) -> None:
+    def __init__(self, client: BaseClient, engine: Engine, name: str) -> None:
         self.client = client
+        self.engine = engine
         self.name = name
 
     def put(self, key: str, content: bytes, arguments: Mapping[str, Any]) -> Written:
-        """Write an object.
+        """Write an object, in parts beside each other when it is long.
 
         :param arguments: further arguments of boto3's `put_object`
         """
+        put = self._put_in_parts if is_long(content) else self._put_at_once
         try:
             with explained("write the object", self.name, key):
-                answer = self.client.put_object(
-                    Bucket=self.name, Key=key, Body=content, **arguments
-                )
+                answer = put(Bucket=self.name, Key=key, content=content, **arguments)
         except ObjectMissing as error:
             remedy = "Check the endpoint (AWS_S3_ENDPOINT_URL) and the bucket"
             raise S3StorageError(
                 error.problem, bucket=self.name, key=key, remedy=remedy
             ) from error.__cause__
-        return Written(real_version(answer), _retries(answer) > 0)
+        return Written(real_version(answer), answer["ETag"], _retries(answer) > 0)
+
+    def _put_at_once(self, content: bytes, **arguments: Any) -> dict[str, Any]:
+        return self.client.put_object(Body=content, **arguments)
+
+    def _put_in_parts(self, content: bytes, **arguments: Any) -> dict[str, Any]:
+        """As s3transfer does, but without copying the content.
+
+        It would keep ten parts of 8 MiB in memory, beside the content itself.
+        """
+        condition = {
+            name: arguments.pop(name) for name in CONDITIONS if name in arguments
+        }
+        if self.client.meta.config.request_checksum_calculation == "when_supported":
+            set_default_checksum_algorithm(arguments)
+        upload = {"Bucket": self.name, "Key": arguments["Key"]}
+        answer = self.client.create_multipart_upload(**arguments)
+        upload["UploadId"] = answer["UploadId"]
+
+        def send(part: int) -> dict[str, Any]:
+            body = BytesIO(content)
+            body.seek((part - 1) * PART)
+            answer = self.client.upload_part(
+                Body=ReadFileChunk(body, PART, len(content)),
+                PartNumber=part,
+                **upload,
+                **_only(UploadSubmissionTask.UPLOAD_PART_ARGS, arguments),
+            )
+            checksum = arguments.get("ChecksumAlgorithm")
+            names = ["ETag", f"Checksum{checksum}"] if checksum else ["ETag"]
+            return {"PartNumber": part, **_only(names, answer)}
+
+        try:
+            parts = self.engine.map(send, range(1, -(-len(content) // PART) + 1))
+            return self.client.complete_multipart_upload(
+                MultipartUpload={"Parts": parts},
+                **upload,
+                **condition,
+                **_only(UploadSubmissionTask.COMPLETE_MULTIPART_ARGS, arguments),
+            )
+        except BaseException:
+            self._abort(upload)
+            raise
+
+    def _abort(self, upload: dict[str, str]) -> None:
+        try:
+            self.client.abort_multipart_upload(**upload)
+        except (ClientError, BotoCoreError) as error:
+            logger.error("Parts of an upload may stay: %s (%s)", upload, error)
 
     def put_new(
         self, key: str, content: bytes, arguments: Mapping[str, Any]
@@ -234,7 +178,7 @@ class Bucket:
         try:
             return self.put(key, content, {**arguments, "IfNoneMatch": "*"})
         except S3StorageError as error:
-            code = _code(error.__cause__)
+            code = error_code(error.__cause__)
             if code in ("412", "PreconditionFailed"):
                 retried = _retries(error.__cause__.response) > 0
                 raise AlreadyThere(retried) from error
@@ -254,21 +198,23 @@ class Bucket:
         try:
             with explained("look for the object", self.name, str(ref)):
                 return self.client.head_object(
-                    Bucket=self.name, **ref.arguments, **_for_reading(arguments)
+                    Bucket=self.name,
+                    **ref.arguments,
+                    **_only(READ_ARGUMENTS, arguments or {}),
                 )
         except S3StorageError as error:
             if is_missing(error, ref.version_id):
                 return None
             raise
 
-    def get(self, key: str, **arguments: Any) -> bytes:
-        """The content of an object.
+    def download(self, ref: ObjectRef, **arguments: Any) -> Download:
+        """The object, its content on its way.
 
         :param arguments: further arguments of boto3's `get_object`
+        :raise NotModified: see `Download`
         """
-        with explained("read the object", self.name, key):
-            answer = self.client.get_object(Bucket=self.name, Key=key, **arguments)
-            return answer["Body"].read()
+        arguments = {"Bucket": self.name, **ref.arguments, **arguments}
+        return Download(self.client, self.engine, arguments)
 
     def holds(
         self, key: str, content: bytes, head: dict, arguments: Mapping[str, Any]
@@ -281,7 +227,7 @@ class Bucket:
         if head["ContentLength"] != len(content):
             return False
         etag = head.get("ETag", "").strip('"')
-        if etag == md5(content):
+        if etag == md5(content) or (is_long(content) and etag == md5_of_parts(content)):
             return True
         # The ETag of an object is its MD5 unless it was uploaded in parts or is
         # encrypted with a key of KMS or of the user:
@@ -290,7 +236,13 @@ class Bucket:
         is_md5 = encryption == "AES256" and "SSECustomerAlgorithm" not in head
         if is_md5 and re.fullmatch("[0-9a-f]{32}", etag):
             return False
-        return self.get(key, **_for_reading(arguments)) == content
+        view, position = memoryview(content), 0
+        reading = _only(READ_ARGUMENTS, arguments)
+        for chunk in self.download(ObjectRef(key), **reading).chunks():
+            if view[position : position + len(chunk)] != chunk:
+                return False
+            position += len(chunk)
+        return position == len(content)
 
     def copy(self, source: ObjectRef, key: str, arguments: Mapping[str, Any]) -> None:
         """Copy an object inside the bucket, on the server.
@@ -303,7 +255,7 @@ class Bucket:
             if name in TransferManager.ALLOWED_COPY_ARGS
             and name not in COPIED_WITH_THE_OBJECT
         }
-        for name, value in _for_reading(arguments).items():
+        for name, value in _only(READ_ARGUMENTS, arguments).items():
             if name.startswith("SSE"):
                 arguments[f"CopySource{name}"] = value
         with explained(f"copy the object {source} to its final key", self.name, key):
@@ -380,29 +332,28 @@ class Bucket:
         return failures
 
 
-def check_key(key: object, bucket: str) -> str:
-    """The key, if S3 accepts it.
-
-    :raise InvalidKey: not a str, empty, not UTF-8 or too long
-    """
-    shown = ""
-    if not isinstance(key, str):
-        problem = f"A key is a str, not the {type(key).__name__} {key!r}"
-    elif not key:
-        problem = "The key is empty"
-    elif (length := len(key.encode(errors="replace"))) > MAX_KEY_LENGTH:
-        problem, shown = f"The key has {length} bytes, S3 allows {MAX_KEY_LENGTH}", key
-    elif not _is_utf8(key):
-        problem, shown = "The key cannot be written in UTF-8", ascii(key)
-    else:
-        return key
-    remedy = "Use another key, see S3Storage.new_s3_key"
-    raise InvalidKey(problem, bucket=bucket, key=shown, remedy=remedy)
-
-
 def md5(content: bytes) -> str:
     """Hexadecimal MD5, S3's ETag of a plain object."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def md5_of_parts(content: bytes) -> str:
+    """The ETag, without quotes, of an object that was written in parts by this cube.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+    """
+    view = memoryview(content)
+    starts = range(0, len(content), PART)
+    digests = [
+        hashlib.md5(view[start : start + PART], usedforsecurity=False).digest()
+        for start in starts
+    ]
+    return f"{md5(b''.join(digests))}-{len(starts)}"
+
+
+def is_long(content: bytes) -> bool:
+    """Whether the content is written in parts."""
+    return len(content) > MAX_SINGLE
 
 
 def real_version(answer: Mapping[str, Any] | None) -> str | None:
@@ -412,81 +363,6 @@ def real_version(answer: Mapping[str, Any] | None) -> str | None:
     """
     version_id = (answer or {}).get("VersionId")
     return version_id if version_id != "null" else None
-
-
-def is_missing(error: S3StorageError, version_id: str | None) -> bool:
-    """Whether the error says that the object, or this version, is not there."""
-    if isinstance(error, ObjectMissing):
-        return True
-    return bool(version_id) and _code(error.__cause__) in BAD_VERSION
-
-
-@contextmanager
-def explained(task: str, bucket: str, key: str = "") -> Iterator[None]:
-    """Turn what botocore raises into an `S3StorageError` that a user understands."""
-    try:
-        yield
-    except (ClientError, BotoCoreError) as error:
-        raise _explanation(error, task, bucket, key) from error
-
-
-def _explanation(
-    error: Exception, task: str, bucket: str = "", key: str = ""
-) -> S3StorageError:
-    kind, problem, remedy = _diagnosis(error, task)
-    return kind(problem, bucket=bucket, key=key, remedy=remedy)
-
-
-def _diagnosis(error: Exception, task: str) -> tuple[type[S3StorageError], str, str]:
-    failed = f"Cannot {task}"
-    if isinstance(error, ClientError):
-        return _diagnosis_of_answer(error, failed)
-    reason = str(error).rstrip(". ")
-    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-        return AccessRefused, f"{failed}: {reason}", NO_CREDENTIALS_REMEDY
-    if isinstance(error, CredentialRetrievalError):
-        return AccessRefused, f"{failed}: {reason}", "Correct the credentials"
-    if isinstance(error, (BotoConnectionError, HTTPClientError, IncompleteReadError)):
-        remedy = "Check the endpoint (AWS_S3_ENDPOINT_URL) and the network, try again"
-        return S3Unreachable, f"{failed}, S3 is unreachable: {reason}", remedy
-    remedy = "Correct the AWS configuration, the bucket or the arguments of the upload"
-    return S3StorageError, f"{failed}: {reason}", remedy
-
-
-def _diagnosis_of_answer(
-    error: ClientError, failed: str
-) -> tuple[type[S3StorageError], str, str]:
-    code = _code(error)
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    # Ceph leaves the message out.
-    message = error.response.get("Error", {}).get("Message") or ""
-    answer = f"{failed}, S3 answers {code} {message}".rstrip(" .")
-    if code == "NoSuchBucket":
-        return BucketMissing, answer, "Create the bucket or correct its name"
-    if code in NOT_FOUND:
-        remedy = "Restore the object from a backup or another version"
-        return ObjectMissing, answer, remedy
-    if code in CREDENTIALS_REMEDY:
-        return AccessRefused, answer, CREDENTIALS_REMEDY[code]
-    if status in (401, 403) or code in ("401", "403"):
-        return AccessRefused, answer, PERMISSIONS_REMEDY
-    if (status >= 500 and code not in NOT_IMPLEMENTED) or status in (408, 429):
-        return S3Unreachable, answer, "Try again when the server has recovered"
-    return S3StorageError, answer, ""
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _code(error: BaseException | None) -> str:
-    if not isinstance(error, ClientError):
-        return ""
-    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def _retries(answer: Mapping[str, Any]) -> int:
@@ -501,9 +377,5 @@ def _refuses_batches(error: BaseException | None) -> bool:
     return status == 501 or (400 <= status < 500 and status not in (401, 403, 404))
 
 
-def _for_reading(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in (arguments or {}).items()
-        if name in READ_ARGUMENTS
-    }
+def _only(names: Iterable[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in names if name in arguments}

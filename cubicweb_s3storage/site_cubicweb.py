@@ -3,8 +3,11 @@
 from typing import NoReturn
 
 from cubicweb import Binary
+from cubicweb.server.sources.rql2sql import LENGTH
 from logilab.database import FunctionDescr
 from rql.utils import register_function
+
+from cubicweb_s3storage.values import length
 
 options = (
     (
@@ -42,6 +45,29 @@ options = (
             "level": 2,
         },
     ),
+    (
+        "s3-cache-size",
+        {
+            "type": "bytes",
+            "default": 256 * 2**20,
+            "help": "Local disk space for copies of S3 objects that have been read or "
+            "written, shared by the processes of the instance on this host. 0 turns "
+            "the cache off.",
+            "group": "s3",
+            "level": 2,
+        },
+    ),
+    (
+        "s3-cache-directory",
+        {
+            "type": "string",
+            "default": "",
+            "help": "Directory of that cache, which only the user that the instance "
+            "runs as may read; by default s3cache in the instance's data directory.",
+            "group": "s3",
+            "level": 2,
+        },
+    ),
 )
 
 
@@ -69,3 +95,6 @@ class STKEY(FunctionDescr):
 
 
 register_function(STKEY)
+
+# Without reading the values that an S3Storage holds.
+LENGTH.source_execute = length

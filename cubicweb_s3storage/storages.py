@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from logging import getLogger
 from typing import Any
 
 from botocore.client import BaseClient
 from cubicweb import Binary, set_log_methods
+from cubicweb.cwconfig import CubicWebConfiguration
 from cubicweb.entity import Entity
 from cubicweb.server.edition import EditedEntity
 from cubicweb.server.session import Connection
 from cubicweb.server.sources.storages import Storage
 
 from cubicweb_s3storage import rows, s3
+from cubicweb_s3storage.cache import Cache
+from cubicweb_s3storage.client import make_client, quieten_libraries
+from cubicweb_s3storage.contents import Contents
+from cubicweb_s3storage.engine import Engine, PerProcess
 from cubicweb_s3storage.errors import (
     AccessRefused,
     InvalidKey,
@@ -26,10 +31,17 @@ from cubicweb_s3storage.errors import (
     S3StorageError,
     subject,
 )
-from cubicweb_s3storage.s3 import ObjectRef
+from cubicweb_s3storage.objects import ObjectRef, check_key
+from cubicweb_s3storage.readers import Reader
 from cubicweb_s3storage.transactions import S3AddFileOp, S3DeleteFileOp
-from cubicweb_s3storage.uploads import Upload, history, last_upload, staging_prefix
-from cubicweb_s3storage.values import MissingValue
+from cubicweb_s3storage.uploads import (
+    Upload,
+    failures,
+    history,
+    last_upload,
+    staging_prefix,
+)
+from cubicweb_s3storage.values import LazyBinary, Unread, current_selection
 
 __all__ = ["S3AddFileOp", "S3DeleteFileOp", "S3Storage"]
 
@@ -50,30 +62,23 @@ class S3Storage(Storage):
     def __init__(self, bucket: str, suffix: str = ".tmp") -> None:
         self.bucket = bucket
         self.suffix = suffix
-        self._make_client = self._s3_client
-        self._clients: dict[int, BaseClient] = {}
-        self._locks: dict[int, threading.Lock] = {}
+        self._client = PerProcess(self._s3_client)
+        self._engine = PerProcess(Engine)
+        self._unread = PerProcess(Unread)
         self._assigned_client: BaseClient | None = None
-        s3.quieten_libraries()
+        self._cache = Cache("", 0)
+        quieten_libraries()
 
     # the client ###############################################################
 
     @classmethod
     def _s3_client(cls) -> BaseClient:
-        return s3.make_client()
+        return make_client()
 
     @property
     def s3cnx(self) -> BaseClient:
         """The boto3 S3 client of this process, or the one that was assigned."""
-        if self._assigned_client is not None:
-            return self._assigned_client
-        # Clients, and locks that another thread may hold, do not survive a fork.
-        pid = os.getpid()
-        if pid not in self._clients:
-            with self._locks.setdefault(pid, threading.Lock()):
-                if pid not in self._clients:
-                    self._clients[pid] = self._make_client()
-        return self._clients[pid]
+        return self._assigned_client or self._client.get()
 
     @s3cnx.setter
     def s3cnx(self, client: BaseClient) -> None:
@@ -84,9 +89,19 @@ class S3Storage(Storage):
         self._assigned_client = None
 
     @property
+    def engine(self) -> Engine:
+        """What makes requests beside each other."""
+        return self._engine.get()
+
+    @property
     def objects(self) -> s3.Bucket:
         """The requests about the objects of the bucket."""
-        return s3.Bucket(self.s3cnx, self.bucket)
+        return s3.Bucket(self.s3cnx, self.engine, self.bucket)
+
+    @property
+    def contents(self) -> Contents:
+        """The contents of the objects, some of them on local disk."""
+        return Contents(self.objects, self._cache, self._is_immutable)
 
     # what subclasses choose ###################################################
 
@@ -130,11 +145,21 @@ class S3Storage(Storage):
           which raises `ObjectMissing` when it is used
         :raise S3StorageError: it cannot be told whether the object is there
         """
+        self._cache = _instance_cache(cnx.repo.config)
         try:
-            return self._read(cnx, source.binary_to_str(value))
-        except ObjectMissing as error:
-            self.critical("%s", error)
-            return MissingValue(error)
+            key = self._decode_key(source.binary_to_str(value))
+        except InvalidKey as error:
+            missing = ObjectMissing(
+                "The row holds no key, maybe a content that was never migrated",
+                bucket=self.bucket,
+                remedy="Call storage_changed in a migration shell",
+            )
+            missing.__cause__ = error
+            return self._lazy(cnx, "", [], missing)
+        try:
+            return self.get_s3_object(cnx, key)
+        except ObjectMissing as error:  # of an overridden method
+            return self._lazy(cnx, key, [], error)
 
     def entity_added(self, entity: Entity, attr: str) -> Binary | None:
         """Write the value of a new entity, or adopt an object as its value.
@@ -143,6 +168,7 @@ class S3Storage(Storage):
         :raise S3StorageError: S3 has not confirmed that it keeps the value
         """
         value = entity.cw_edited[attr]
+        self._cache = _instance_cache(entity._cw.repo.config)
         with _concerning(entity, attr):
             if value is None:
                 return None
@@ -218,18 +244,10 @@ class S3Storage(Storage):
         """The object that a row names, as this transaction sees it.
 
         :param key: as the row holds it
-        :return: its content, at position 0
-        :raise ObjectMissing: it is not there
+        :return: its content, at position 0. It is loaded on first use, which raises
+          `ObjectMissing` when it is not there
         """
-        refs = self._readable(cnx, key)
-        try:
-            return self._first_content(cnx, key, refs)
-        except ObjectMissing:
-            staging_key = self._staged_before_a_crash(key)
-            if staging_key is None:
-                raise
-        self.warning("Reading %s/%s from %s", self.bucket, key, staging_key)
-        return self._content(ObjectRef(staging_key))
+        return self._lazy(cnx, key, self._readable(cnx, key))
 
     def download(self, key: str, **kwargs: Any) -> Binary:
         """The content of an object, at position 0.
@@ -237,9 +255,27 @@ class S3Storage(Storage):
         :param kwargs: further arguments of boto3's `get_object`
         :raise ObjectMissing: it is not there
         """
-        content = self.objects.get(key, **kwargs)
-        self.info("Read %s/%s, %s bytes", self.bucket, key, len(content))
-        return Binary(content)
+        if kwargs.keys() <= {"VersionId"}:
+            return Binary(self.contents.read(ObjectRef(key, kwargs.get("VersionId"))))
+        return Binary(self.objects.download(ObjectRef(key), **kwargs).content())
+
+    def read_object(self, ref: ObjectRef) -> bytes:
+        """The content of an object, however a subclass downloads it."""
+        version = {"VersionId": ref.version_id} if ref.version_id else {}
+        return self.download(ref.key, **version).getvalue()
+
+    @property
+    def downloads_by_itself(self) -> bool:
+        """Whether a subclass decides what the content of an object is."""
+        return type(self).download is not S3Storage.download
+
+    def load_values(self, refs: Iterable[ObjectRef]) -> None:
+        """Have the values in memory that read objects which are going to change."""
+        for value in self._unread.get().of({ref.key for ref in refs}):
+            try:
+                value.load()
+            except S3StorageError as error:
+                self.warning("A value cannot be read any more: %s", error)
 
     def find_removable(self, cnx: Connection, value: str) -> ObjectRef | None:
         """The object that a row has named, None when it is not there.
@@ -311,8 +347,10 @@ class S3Storage(Storage):
 
     def _write(self, entity: Entity, attr: str, binary: Binary) -> Binary:
         cnx = entity._cw
+        for failed in failures(cnx):
+            failed.confirm()
         content = binary.getvalue()
-        key = s3.check_key(self.new_s3_key(entity, attr), self.bucket)
+        key = check_key(self.new_s3_key(entity, attr), self.bucket)
         arguments = _content_type(entity, attr)
         arguments.update(self.get_upload_extra_args(entity, attr, key) or {})
         fresh = self._makes_fresh_keys()
@@ -329,8 +367,9 @@ class S3Storage(Storage):
         # Registered first: a failing request may have had its effect.
         S3AddFileOp.get_instance(cnx).add_data(upload)
         upload.send(cnx, content)
-        self.info("Wrote %s/%s, %s bytes", self.bucket, upload.ref, len(content))
-        version_id = None if upload.staging_key else upload.version_id
+        version_id = None
+        if self.keeps_versions(cnx) and not upload.staging_key:
+            version_id = upload.version_id
         self.save_s3_key(entity, attr, key, version_id)
         return binary
 
@@ -346,13 +385,28 @@ class S3Storage(Storage):
         refs = self._named_by(cnx, key)
         for name in {ref.key for ref in refs}:
             rows.share_lock(cnx, self.bucket, name)
-        try:
-            content = self._first_content(cnx, key, refs)
-        except ObjectMissing as error:
-            error.remedy = "Give the key of an object that exists"
-            raise
+        if not last_upload(cnx, self.bucket, key) and not self._first_there(refs):
+            raise ObjectMissing(
+                "S3 answers that there is no object to adopt",
+                bucket=self.bucket,
+                key=key,
+                remedy="Give the key of an object that exists",
+            )
+        content = self._lazy(cnx, key, refs)
         entity._cw_dont_cache_attribute(attr, repo_side=True)
         return content
+
+    def _lazy(
+        self,
+        cnx: Connection,
+        value: str,
+        refs: list[ObjectRef],
+        error: ObjectMissing | None = None,
+    ) -> LazyBinary:
+        reader = Reader(self, cnx, value, refs, error)
+        lazy = LazyBinary(reader, current_selection(cnx))
+        self._unread.get().add(lazy, {ref.key for ref in refs})
+        return lazy
 
     def _give_up(self, entity: Entity, attr: str, key: str) -> None:
         """Have the object removed after the commit, if the row was all it was for."""
@@ -367,14 +421,20 @@ class S3Storage(Storage):
 
     def _was_made_by_this_transaction(self, cnx: Connection, value: str) -> bool:
         key, version_id = self.parse_key(value)
-        uploads = history(cnx)
+        for upload in history(cnx).get((self.bucket, value), ()):
+            upload.finish()
+            if upload.fresh or upload.created:
+                return True
         return any(
-            upload.fresh or upload.created
-            for upload in uploads.get((self.bucket, value), ())
-        ) or any(
             version_id and upload.version_id == version_id
-            for upload in uploads.get((self.bucket, key), ())
+            for upload in history(cnx).get((self.bucket, key), ())
         )
+
+    def _is_immutable(self, ref: ObjectRef) -> bool:
+        """Whether the object has the same content for ever."""
+        if ref.version_id is not None:
+            return ref.version_id != "null"
+        return self._makes_fresh_keys() and bool(UUID.fullmatch(ref.key))
 
     def _makes_fresh_keys(self) -> bool:
         return getattr(self.new_s3_key, "__func__", None) is _NEW_UUID_KEY
@@ -389,27 +449,12 @@ class S3Storage(Storage):
         ref = self._first_there(refs)
         if ref is None or UUID.fullmatch(ref.key):
             return ref is not None
-        entity.cw_edited.edited_attribute(attr, self._content(ref))
+        content = Binary(self.read_object(ref))
+        entity.cw_edited.edited_attribute(attr, content)
         try:
             return self.new_s3_key(entity, attr) == ref.key
         finally:
             entity.cw_edited.edited_attribute(attr, value)
-
-    def _read(self, cnx: Connection, raw: bytes) -> Binary:
-        try:
-            key = self._decode_key(raw)
-        except InvalidKey as error:
-            raise ObjectMissing(
-                "The row holds no key, maybe a content that was never migrated",
-                bucket=self.bucket,
-                remedy="Call storage_changed in a migration shell",
-            ) from error
-        try:
-            return self.get_s3_object(cnx, key)
-        except S3StorageError as error:
-            held_by = rows.holders(cnx, self.bucket, [key])
-            error.subject = "; ".join(str(holder) for holder in held_by[:3])
-            raise
 
     def _named_by(self, cnx: Connection, value: str) -> list[ObjectRef]:
         """The objects that a row may name, the likeliest first.
@@ -438,31 +483,10 @@ class S3Storage(Storage):
             refs.append(latest)
         return refs
 
-    def _first_content(
-        self, cnx: Connection, value: str, refs: list[ObjectRef]
-    ) -> Binary:
-        upload = last_upload(cnx, self.bucket, value)
-        if upload is not None and upload.staging_key:
-            return self._content(ObjectRef(upload.staging_key))
-        missing = None
-        for ref in refs:
-            try:
-                return self._content(ref)
-            except S3StorageError as error:
-                if not s3.is_missing(error, ref.version_id):
-                    raise
-                missing = missing or error
-        raise missing
-
-    def _content(self, ref: ObjectRef) -> Binary:
-        with s3.explained("read the object", self.bucket, str(ref)):
-            version = {"VersionId": ref.version_id} if ref.version_id else {}
-            return self.download(ref.key, **version)
-
     def _first_there(self, refs: list[ObjectRef]) -> ObjectRef | None:
         return next((ref for ref in refs if self.objects.head(ref) is not None), None)
 
-    def _staged_before_a_crash(self, key: str) -> str | None:
+    def staged_before_a_crash(self, key: str) -> str | None:
         """The staged copy that a crash between commit and move has left, if any."""
         try:
             copies = self._staged_copies(key)
@@ -488,7 +512,7 @@ class S3Storage(Storage):
             key = raw.decode()
         except UnicodeDecodeError as error:
             raise InvalidKey("The key is not UTF-8", bucket=self.bucket) from error
-        return s3.check_key(key, self.bucket)
+        return check_key(key, self.bucket)
 
 
 def _content_type(entity: Entity, attr: str) -> dict[str, str]:
@@ -507,6 +531,16 @@ def _concerning(entity: Entity, attr: str) -> Iterator[None]:
         error.subject = error.subject or subject(entity.cw_etype, entity.eid, attr)
         raise
 
+
+def _instance_cache(config: CubicWebConfiguration) -> Cache:
+    """The local cache of the instance, as its options say."""
+    directory = config["s3-cache-directory"] or os.path.join(
+        config.appdatahome, "s3cache"
+    )
+    return _cache(directory, config["s3-cache-size"])
+
+
+_cache = functools.lru_cache(maxsize=None)(Cache)
 
 _NEW_UUID_KEY = S3Storage.new_s3_key
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable
 from itertools import islice
@@ -13,7 +14,8 @@ from cubicweb.server.session import Connection
 
 from cubicweb_s3storage import rows
 from cubicweb_s3storage.errors import KeyConflict, S3StorageError
-from cubicweb_s3storage.s3 import MAX_DELETE, ObjectRef
+from cubicweb_s3storage.objects import ObjectRef
+from cubicweb_s3storage.s3 import MAX_DELETE
 from cubicweb_s3storage.uploads import (
     Upload,
     history,
@@ -51,8 +53,7 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
         # From here on, writes of other operations get an operation of their own.
         self.get_data()
         for upload in self._container:
-            if upload.error is not None:
-                raise upload.error
+            upload.confirm()
         self._lock_moves()
         refuse_conflicts(self.cnx)
 
@@ -64,8 +65,15 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
             self._unlock_moves()
 
     def rollback_event(self) -> None:
+        # A fork must not remove what the transaction of its parent writes.
+        uploads = [u for u in self._container if u.pid == os.getpid()]
+        for upload in uploads:
+            upload.cancel()
+        for upload in uploads:
+            upload.finish()
         try:
-            for storage, uploads in _by_storage(self._container).items():
+            begun = [upload for upload in uploads if upload.begun]
+            for storage, uploads in _by_storage(begun).items():
                 self._remove_written(storage, uploads)
         finally:
             self._unlock_moves()
@@ -123,6 +131,7 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
 
     def _move(self, upload: Upload) -> bool:
         bucket = upload.storage.bucket
+        upload.storage.load_values([ObjectRef(upload.key)])
         try:
             upload.storage.objects.copy(upload.ref, upload.key, upload.arguments)
         except S3StorageError as error:
@@ -217,6 +226,8 @@ def refuse_conflicts(cnx: Connection) -> None:
 def remove(storage: S3Storage, refs: Iterable[ObjectRef]) -> None:
     """Remove objects that no row can name; what S3 refuses to remove is logged."""
     refs = list(refs)
+    storage.load_values(refs)
+    storage.contents.forget(refs)
     try:
         failures = storage.objects.delete(refs)
     except S3StorageError as error:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +16,12 @@ from cubicweb.server.session import Connection
 
 from cubicweb_s3storage import rows
 from cubicweb_s3storage.errors import S3StorageError, subject
+from cubicweb_s3storage.objects import MAX_KEY_LENGTH, ObjectRef
 from cubicweb_s3storage.s3 import (
-    MAX_KEY_LENGTH,
     AlreadyThere,
-    ObjectRef,
+    Bucket,
+    Written,
+    is_long,
     md5,
     real_version,
 )
@@ -27,13 +32,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cube.s3storage.uploads")
 
 HISTORY = "s3storage_uploads"
+FAILURES = "s3storage_failed_uploads"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Upload:
-    """A value that the transaction writes.
+    """A value that the transaction writes, in the background.
 
-    The first four fields are the tuple that cubicweb-s3storage 4.x kept.
+    The first four fields are the tuple that cubicweb-s3storage 4.x kept. Those after
+    `arguments` are known when the upload has `finished`.
 
     :param key: the final key, which the row names
     :param fresh: nobody else can know the key
@@ -61,7 +68,14 @@ class Upload:
     shared: bool = False
     md5: str = ""
     #: why S3 has not confirmed the upload
-    error: S3StorageError | None = None
+    error: BaseException | None = None
+    #: a request may have had its effect
+    begun: bool = False
+    #: the process in which it runs; what a fork has copied never ends
+    pid: int = field(default_factory=os.getpid)
+    stages: bool = False
+    adds_versions: bool = False
+    _job: Future | None = None
 
     @property
     def ref(self) -> ObjectRef:
@@ -85,82 +99,142 @@ class Upload:
         new_version = self.version_id and not self.created and not self.shared
         return bool(self.staging_key or new_version)
 
+    # in the transaction #######################################################
+
     def send(self, cnx: Connection, content: bytes) -> None:
-        """Write the content so that nothing which is committed changes.
+        """Write the content, so that nothing which is committed changes.
 
-        :raise S3StorageError: S3 has not confirmed the upload; `error` keeps it
+        :raise S3StorageError: it is known already that S3 does not keep it
         """
+        if not self.fresh:
+            for earlier in history(cnx).get((self.storage.bucket, self.key), ()):
+                earlier.finish()
+            rows.share_lock(cnx, self.storage.bucket, self.key)
         register(cnx, self)
-        try:
-            if not self.fresh:
-                self._send_where_others_may_write(cnx, content)
-            elif self.storage.stages_every_write(cnx):
-                self._stage(content)
-            else:
-                self._put(content)
-        except S3StorageError as error:
-            self.error = error
-            raise
+        self.adds_versions = self.storage.keeps_versions(cnx)
+        self.stages = self.visible or self.storage.stages_every_write(cnx)
+        failed = failures(cnx)
+        if self.adds_versions or is_long(content):
+            # The row names the version; long contents go in parts beside each other.
+            self._write(content, failed)
+            self.confirm()
+        else:
+            engine = self.storage.engine
+            self._job = engine.start(len(content), self._write, content, failed)
 
-    def _send_where_others_may_write(self, cnx: Connection, content: bytes) -> None:
+    def finish(self) -> None:
+        """Wait until it is known how the upload ends."""
+        if self._job is None:
+            return
+        if self.pid != os.getpid():
+            self.error = S3StorageError(
+                "The upload belongs to the process that has forked",
+                bucket=self.storage.bucket,
+                key=self.key,
+            )
+        else:
+            with suppress(CancelledError):
+                self._job.result()
+        self._job = None
+
+    @property
+    def has_finished(self) -> bool:
+        return self._job is None or self._job.done()
+
+    def confirm(self) -> None:
+        """Wait until S3 keeps the content.
+
+        :raise S3StorageError: it does not
+        """
+        self.finish()
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        """Do not write it, if that has not begun."""
+        if self._job is not None and self.pid == os.getpid():
+            self._job.cancel()
+
+    # in the background ########################################################
+
+    def _write(self, content: bytes, failed: list[Upload]) -> None:
+        self.begun = True
+        try:
+            objects = self.storage.objects
+            if self.fresh and not self.stages:
+                self._put(objects, content)
+            elif self.fresh:
+                self._stage(objects, content)
+            else:
+                self._write_where_others_may(objects, content)
+        except BaseException as error:  # noqa: BLE001, raised by confirm()
+            if isinstance(error, S3StorageError):
+                error.subject = error.subject or self.subject
+            self.error = error
+            failed.append(self)
+
+    def _write_where_others_may(self, objects: Bucket, content: bytes) -> None:
         self.md5 = md5(content)
-        rows.share_lock(cnx, self.storage.bucket, self.key)
-        stages = self.visible or self.storage.stages_every_write(cnx)
-        head = self._head()
-        if head is None and not stages:
-            if self._put_new(cnx, content):
+        head = self._head(objects)
+        if head is None and not self.stages:
+            if self._put_new(objects, content):
                 return
-            head = self._head()
+            head = self._head(objects)
         self.created = head is None
-        self.shared = self._is_content_of(head, content)
-        adds_version = self.storage.keeps_versions(cnx) and real_version(head)
-        if not stages and (self.shared or adds_version):
+        self.shared = self._is_content_of(objects, head, content)
+        adds_version = self.adds_versions and real_version(head)
+        if not self.stages and (self.shared or adds_version):
             # A shared object is written again, too: its age tells garbage
             # collection that somebody wants it.
-            self._put(content)
+            self._put(objects, content)
         else:
-            self._stage(content)
+            self._stage(objects, content)
 
-    def _put_new(self, cnx: Connection, content: bytes) -> bool:
+    def _put_new(self, objects: Bucket, content: bytes) -> bool:
         """Write the object unless another transaction was faster."""
         self.created = True
-        objects = self.storage.objects
         try:
-            self.version_id = objects.put_new(
-                self.key, content, self.arguments
-            ).version_id
+            written = objects.put_new(self.key, content, self.arguments)
+            self.version_id = written.version_id
+            self._remember(written, content)
         except AlreadyThere as obstacle:
             # An earlier attempt of ours may have had its effect, its answer lost.
             # A version, however, has to be ours for certain.
             self.created = (
                 obstacle.retried
-                and not self.storage.keeps_versions(cnx)
-                and self._is_content_of(self._head(), content)
+                and not self.adds_versions
+                and self._is_content_of(objects, self._head(objects), content)
             )
         return self.created
 
-    def _head(self) -> dict[str, Any] | None:
-        return self.storage.objects.head(ObjectRef(self.key), self.arguments)
+    def _head(self, objects: Bucket) -> dict[str, Any] | None:
+        return objects.head(ObjectRef(self.key), self.arguments)
 
-    def _is_content_of(self, head: dict[str, Any] | None, content: bytes) -> bool:
-        objects = self.storage.objects
+    def _is_content_of(
+        self, objects: Bucket, head: dict[str, Any] | None, content: bytes
+    ) -> bool:
         return head is not None and objects.holds(
             self.key, content, head, self.arguments
         )
 
-    def _stage(self, content: bytes) -> None:
+    def _stage(self, objects: Bucket, content: bytes) -> None:
         self.staging_key = new_staging_key(self.storage, self.key)
-        self._put(content)
+        self._put(objects, content)
 
-    def _put(self, content: bytes) -> None:
-        objects = self.storage.objects
+    def _put(self, objects: Bucket, content: bytes) -> None:
         written = objects.put(self.ref.key, content, self.arguments)
         self.version_id = written.version_id
+        self._remember(written, content)
         if self.is_ours_alone and written.version_id and written.retried:
-            self._remove_other_attempts()
+            self._remove_other_attempts(objects)
 
-    def _remove_other_attempts(self) -> None:
-        objects = self.storage.objects
+    def _remember(self, written: Written, content: bytes) -> None:
+        """Under the final key, which it will have when it is committed."""
+        version_id = None if self.staging_key else written.version_id
+        ref = ObjectRef(self.key, version_id)
+        self.storage.contents.remember(ref, written.etag, content)
+
+    def _remove_other_attempts(self, objects: Bucket) -> None:
         try:
             attempts = set(objects.versions(self.ref.key)) - {self.ref}
             failures = objects.delete(attempts)
@@ -177,7 +251,7 @@ def uploaded_by_application(
 
     With `s3-transaction-suffix-key`, under the suffixed key.
     """
-    upload = Upload(storage, key, eid, attr, foreign=True, created=True)
+    upload = Upload(storage, key, eid, attr, foreign=True, created=True, begun=True)
     if storage.stages_every_write(cnx):
         upload.staging_key = storage.suffixed_key(key)
     register(cnx, upload)
@@ -195,6 +269,11 @@ def is_known(
 def history(cnx: Connection) -> dict[tuple[str, str], list[Upload]]:
     """The uploads of the transaction by bucket and key, in order."""
     return cnx.transaction_data.setdefault(HISTORY, {})
+
+
+def failures(cnx: Connection) -> list[Upload]:
+    """The uploads of the transaction of which it is known that they have failed."""
+    return cnx.transaction_data.setdefault(FAILURES, [])
 
 
 def register(cnx: Connection, upload: Upload) -> None:

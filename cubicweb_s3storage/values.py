@@ -1,29 +1,271 @@
-"""What an attribute reads as when its object is not there."""
+"""The values that queries return: they load when they are used."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from functools import partial, wraps
+from io import SEEK_END, SEEK_SET, BytesIO
+from typing import Any, BinaryIO
 
 from cubicweb import Binary
+from cubicweb.server.session import Connection
+from cubicweb.server.sources.native import NativeSQLSource
 
-from cubicweb_s3storage.errors import ObjectMissing
+from cubicweb_s3storage.engine import PerProcess
+from cubicweb_s3storage.errors import ObjectMissing, S3StorageError
+from cubicweb_s3storage.readers import Reader
+
+#: values that are loaded before they are used
+MAX_AHEAD = 32
+#: bytes that such values have together
+MAX_AHEAD_BYTES = 64 * 2**20
+SELECTION = "s3storage_selection"
 
 
-class MissingValue(Binary):
-    """A value whose object is missing: a query returns it, every use of it raises.
+def _loading(name: str) -> Callable:
+    method = getattr(Binary, name)
 
-    :param error: what is raised
+    @wraps(method)
+    def load_first(self, *args, **kwargs):
+        self.load()
+        return method(self, *args, **kwargs)
+
+    return load_first
+
+
+class LazyBinary(Binary):
+    """A value that loads on its first use, and has the next ones load beside it.
+
+    :param reader: reads what the row names
+    :param selection: the values of the same query
     """
 
-    def __init__(self, error: ObjectMissing) -> None:
+    # User code may have attributes of its own in `__dict__`.
+    __slots__ = ("_place", "_selection", "reader")
+
+    def __init__(self, reader: Reader, selection: Selection) -> None:
         super().__init__()
-        self._error = error
+        self.reader: Reader | None = reader
+        self._selection = selection
+        self._place = selection.add(self)
 
-    def _refuse(self, *args, **kwargs) -> NoReturn:
-        raise self._error
+    def load(self) -> None:
+        """Have the content in memory.
 
-    read = read1 = readinto = readinto1 = readline = readlines = _refuse
-    getvalue = getbuffer = to_file = unzpickle = _refuse
-    seek = tell = write = writelines = truncate = _refuse
-    __iter__ = __next__ = __eq__ = __reduce_ex__ = __getstate__ = _refuse
-    __hash__ = None
+        :raise S3StorageError: it cannot be read
+        """
+        reader = self.reader
+        if reader is None or self.closed:
+            return
+        with reader.reporting():
+            content = self._selection.take(self._place, reader)
+            if content is None:
+                content = reader.content()
+        with _installing.get():
+            if self.reader is not None:
+                position = self.tell()
+                # Shares the bytes, which write() copies.
+                BytesIO.__init__(self, content)
+                BytesIO.seek(self, position)
+                self.reader = None
+
+    __next__ = _loading("__next__")
+    getbuffer = _loading("getbuffer")
+    getvalue = _loading("getvalue")
+    read = _loading("read")
+    read1 = _loading("read1")
+    readinto = _loading("readinto")
+    readline = _loading("readline")
+    readlines = _loading("readlines")
+    truncate = _loading("truncate")
+    write = _loading("write")
+
+    def seek(self, offset: int, whence: int = SEEK_SET, /) -> int:
+        if whence == SEEK_END:
+            self.load()
+        return super().seek(offset, whence)
+
+    def to_file(self, fobj: BinaryIO) -> None:
+        """Write the content to a file; it does not stay in memory."""
+        reader = self.reader
+        if reader is None or self.closed:
+            super().to_file(fobj)
+            return
+        with reader.reporting():
+            content = self._selection.take(self._place, reader)
+            for chunk in reader.chunks() if content is None else [content]:
+                fobj.write(chunk)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        plain = Binary(self.getvalue())
+        plain.seek(self.tell())
+        plain.__dict__.update(self.__dict__)
+        return plain.__reduce_ex__(protocol)
+
+
+_installing = PerProcess(threading.Lock)
+
+
+class Selection:
+    """The values of one query, in order; those after the one in use load ahead."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._values: list[weakref.ref[LazyBinary]] = []
+        self._jobs: dict[int, Future[bytes | None]] = {}
+        self._sizes: dict[int, int] = {}
+        self._admitting = threading.Lock()
+
+    def add(self, value: LazyBinary) -> int:
+        self._values.append(weakref.ref(value))
+        return len(self._values) - 1
+
+    def take(self, place: int, reader: Reader) -> bytes | None:
+        """A content that has been loaded ahead or needs no request, else None."""
+        if self._pid != os.getpid():  # jobs do not survive a fork
+            return None
+        job = self._jobs.pop(place, None)
+        if job is None and (content := reader.cached()) is not None:
+            return content
+        self._load_ahead(place)
+        if job is None or job.cancel():
+            return None
+        try:
+            return job.result()
+        finally:
+            self._sizes.pop(place, None)
+
+    def _load_ahead(self, place: int) -> None:
+        for ahead in list(self._jobs):
+            if self._values[ahead]() is None:
+                self._jobs.pop(ahead, None)
+        end = min(place + 1 + MAX_AHEAD, len(self._values))
+        for ahead in range(place + 1, end):
+            value = self._values[ahead]()
+            reader = value and value.reader
+            if reader and ahead not in self._jobs and reader.may_read_ahead:
+                admits = partial(self._admits, ahead)
+                engine = reader.storage.engine
+                self._jobs[ahead] = engine.start_at_once(reader.content_if, admits)
+
+    def _admits(self, place: int, size: int) -> bool:
+        with self._admitting:
+            for ahead in list(self._sizes):
+                if self._values[ahead]() is None:
+                    self._sizes.pop(ahead, None)
+            if sum(self._sizes.values()) + size > MAX_AHEAD_BYTES:
+                return False
+            self._sizes[place] = size
+            return True
+
+
+def current_selection(cnx: Connection) -> Selection:
+    """The selection of the query that is being answered."""
+    return cnx.transaction_data.get(SELECTION) or Selection()
+
+
+def select_together(source: NativeSQLSource) -> None:
+    """Have the values that a query of this source selects know each other.
+
+    CubicWeb makes the values of a result one by one. Here is where it has them all.
+    """
+    process_result = source.process_result
+
+    @wraps(process_result)
+    def process_result_together(
+        cursor: Any,
+        cnx: Connection | None = None,
+        column_callbacks: dict[int, list[Callable]] | None = None,
+    ) -> list[list]:
+        if not column_callbacks:
+            return process_result(cursor, cnx, column_callbacks)
+        outer = cnx.transaction_data.get(SELECTION)
+        cnx.transaction_data[SELECTION] = Selection()
+        try:
+            rows = process_result(cursor, cnx, column_callbacks)
+        finally:
+            cnx.transaction_data[SELECTION] = outer
+        for column, callbacks in column_callbacks.items():
+            if length in callbacks:
+                _replace_by_lengths(rows, column)
+        return rows
+
+    source.process_result = process_result_together
+
+
+def length(source: NativeSQLSource, cnx: Connection, value: Binary) -> Any:
+    """What `LENGTH` makes of a value of an attribute that a storage holds.
+
+    :return: bytes; of a query that selects together the value itself, for the length
+      to be asked for with the others
+    """
+    if not isinstance(value, LazyBinary):
+        return len(value.getvalue())
+    if cnx.transaction_data.get(SELECTION):
+        return value
+    return lengths([value])[0]
+
+
+def _replace_by_lengths(rows: list[list], column: int) -> None:
+    lazy = [row for row in rows if isinstance(row[column], LazyBinary)]
+    for row, size in zip(lazy, lengths([row[column] for row in lazy]), strict=True):
+        row[column] = size
+
+
+def lengths(values: list[LazyBinary]) -> list[int | None]:
+    """Their lengths in bytes, asked for beside each other; None for a missing object.
+
+    :raise S3StorageError: one cannot be told
+    """
+    readers = [value.reader for value in values]
+    if not readers:
+        return []
+    answers = readers[0].storage.engine.map(_try_length, readers)
+    return [
+        _length(reader, answer) for reader, answer in zip(readers, answers, strict=True)
+    ]
+
+
+def _try_length(reader: Reader) -> int | S3StorageError:
+    try:
+        return reader.length()
+    except S3StorageError as error:
+        return error
+
+
+def _length(reader: Reader, answer: int | S3StorageError) -> int | None:
+    if isinstance(answer, int):
+        return answer
+    try:
+        with reader.reporting():
+            raise answer
+    except ObjectMissing:
+        return None
+
+
+class Unread:
+    """The values that have not been loaded, by the keys that they may read."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, weakref.WeakValueDictionary[int, LazyBinary]] = {}
+        self._many = 1000
+
+    def add(self, value: LazyBinary, keys: Iterable[str]) -> None:
+        with self._lock:
+            if len(self._values) > self._many:
+                self._values = {key: some for key, some in self._values.items() if some}
+                self._many = 2 * len(self._values) + 1000
+            for key in keys:
+                some = self._values.setdefault(key, weakref.WeakValueDictionary())
+                some[id(value)] = value
+
+    def of(self, keys: Iterable[str]) -> list[LazyBinary]:
+        """Those that may read one of the keys."""
+        with self._lock:
+            found = [self._values.pop(key, {}) for key in keys]
+        return [value for some in found for value in some.values() if value.reader]

@@ -23,8 +23,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from cubicweb_s3storage.answers import explained
+from cubicweb_s3storage.client import make_client
 from cubicweb_s3storage.errors import S3StorageError
-from cubicweb_s3storage.s3 import explained, make_client
 
 # CubicWeb needs pyramid 1.10, which needs pkg_resources.
 warnings.filterwarnings("ignore", "pkg_resources")

@@ -5,7 +5,7 @@ import socket
 import threading
 from unittest.mock import patch
 
-from cubicweb_s3storage import s3
+from cubicweb_s3storage import client
 from cubicweb_s3storage.errors import (
     AccessRefused,
     BucketMissing,
@@ -29,6 +29,7 @@ class KeysTC(S3TC):
         with self.admin_access.repo_cnx() as cnx:
             with self.assertRaises(InvalidKey) as raised:
                 self.create(cnx)
+                cnx.commit()
             cnx.rollback()
         self.assertIsInstance(raised.exception, ValueError)
         self.assertEqual(self.s3.requests, [])
@@ -71,6 +72,7 @@ class KeysTC(S3TC):
             self.assertRaisesRegex(S3StorageError, "Colour"),
         ):
             self.create(cnx)
+            cnx.commit()
 
 
 class SurroundingsTC(S3TC):
@@ -86,6 +88,7 @@ class SurroundingsTC(S3TC):
         with self.admin_access.repo_cnx() as cnx:
             with self.assertRaises(error) as raised:
                 self.create(cnx)
+                cnx.commit()
             cnx.rollback()
         writing = str(raised.exception)
         self.assertRegex(writing, r"Document \d+, attribute content")
@@ -141,7 +144,7 @@ class SurroundingsTC(S3TC):
             environment = {"AWS_S3_ENDPOINT_URL": url, "AWS_MAX_ATTEMPTS": "1"}
             with (
                 patch.dict(os.environ, environment),
-                patch.object(s3, "READ_TIMEOUT", 0.2),
+                patch.object(client, "READ_TIMEOUT", 0.2),
             ):
                 message = self.failure(S3Storage(self.bucket), S3Unreachable)
         self.assertIn("timeout", message.lower())
@@ -175,6 +178,7 @@ class SurroundingsTC(S3TC):
                 self.set_storage("Document", "content", S3Storage(self.bucket))
                 with self.assertRaises(S3StorageError):
                     self.create(cnx)
+                    cnx.commit()
                 cnx.rollback()
             server.shutdown(socket.SHUT_RDWR)
 
@@ -201,6 +205,7 @@ class SurroundingsTC(S3TC):
             with self.admin_access.repo_cnx() as cnx:
                 with self.assertRaises(AccessRefused) as raised:
                     self.create(cnx)
+                    cnx.commit()
                 cnx.rollback()
         for secret in secrets.values():
             self.assertNotIn(secret, str(raised.exception))
@@ -208,6 +213,8 @@ class SurroundingsTC(S3TC):
 
 
 class AnswersTC(S3TC):
+    cache_size = 0
+
     def test_wrong_key_id_wrong_secret_and_access_refused(self):
         for code, remedy in (
             ("InvalidAccessKeyId", "access key id"),
@@ -218,6 +225,7 @@ class AnswersTC(S3TC):
             with self.admin_access.repo_cnx() as cnx:
                 with self.assertRaisesRegex(AccessRefused, f"{code}.*{remedy}"):
                     self.create(cnx)
+                    cnx.commit()
                 cnx.rollback()
 
     def test_the_cause_is_kept(self):
@@ -225,6 +233,7 @@ class AnswersTC(S3TC):
         with self.admin_access.repo_cnx() as cnx:
             with self.assertRaises(AccessRefused) as raised:
                 self.create(cnx)
+                cnx.commit()
             cnx.rollback()
         response = raised.exception.__cause__.response
         self.assertEqual(response["Error"]["Code"], "AccessDenied")

@@ -8,7 +8,7 @@ import unittest
 from pathlib import Path
 from unittest.mock import patch
 
-from cubicweb_s3storage import s3
+from cubicweb_s3storage.client import make_client
 from cubicweb_s3storage.storages import S3Storage
 from testlib import S3TC
 
@@ -29,7 +29,7 @@ class SettingsTC(unittest.TestCase):
         os.environ["AWS_DEFAULT_REGION"] = "eu-west-3"
 
     def config(self):
-        return s3.make_client().meta.config
+        return make_client().meta.config
 
     def test_timeouts_retries_and_pool_are_set(self):
         config = self.config()
@@ -38,7 +38,7 @@ class SettingsTC(unittest.TestCase):
         self.assertGreaterEqual(config.max_pool_connections, 32)
 
     def test_without_endpoint_it_talks_to_aws_as_boto3_does(self):
-        client = s3.make_client()
+        client = make_client()
         self.assertIn("amazonaws.com", client.meta.endpoint_url)
         config = client.meta.config
         self.assertEqual(config.request_checksum_calculation, "when_supported")
@@ -47,7 +47,7 @@ class SettingsTC(unittest.TestCase):
     def test_every_variable_for_the_endpoint_works(self):
         for name in ENDPOINTS:
             with patch.dict(os.environ, {name: "https://s3.example.org:9000"}):
-                client = s3.make_client()
+                client = make_client()
             self.assertEqual(client.meta.endpoint_url, "https://s3.example.org:9000")
             config = client.meta.config
             self.assertEqual(config.request_checksum_calculation, "when_required")
@@ -58,7 +58,7 @@ class SettingsTC(unittest.TestCase):
             "[profile minio]\nendpoint_url = http://minio.example.org\n"
         )
         os.environ["AWS_PROFILE"] = "minio"
-        client = s3.make_client()
+        client = make_client()
         self.assertEqual(client.meta.endpoint_url, "http://minio.example.org")
         checksums = client.meta.config.request_checksum_calculation
         self.assertEqual(checksums, "when_required")
@@ -117,7 +117,7 @@ class SettingsTC(unittest.TestCase):
 
 class ClientsTC(S3TC):
     def test_it_is_made_on_first_use_and_once(self):
-        with patch.object(S3Storage, "_s3_client", wraps=s3.make_client) as make:
+        with patch.object(S3Storage, "_s3_client", wraps=make_client) as make:
             storage = S3Storage(self.bucket)
             make.assert_not_called()
             self.assertIs(storage.s3cnx, storage.s3cnx)

@@ -257,6 +257,7 @@ class RollbackTC(S3TC):
     def test_rollback_of_a_create_removes_the_object(self):
         with self.admin_access.repo_cnx() as cnx:
             self.create(cnx)
+            self.uploaded(cnx)
             self.assertEqual(len(self.objects()), 1)
             cnx.rollback()
         self.assertEqual(self.objects(), {})

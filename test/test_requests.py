@@ -6,6 +6,8 @@ from testlib import S3TC, ContentHashStorage, OwnKeyStorage
 
 
 class RequestsTC(S3TC):
+    cache_size = 0
+
     def spent(self, do) -> list[str]:
         with self.admin_access.repo_cnx() as cnx:
             do(cnx)

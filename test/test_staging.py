@@ -17,6 +17,7 @@ class StagingTC(S3TC):
         with self.admin_access.repo_cnx() as cnx:
             document = self.create(cnx, b"content")
             key = self.storage.get_s3_key(document, "content")
+            self.uploaded(cnx)
             (staged,) = self.objects()
             self.assertTrue(staged.startswith(f"{key}.tmp."))
             cnx.commit()
@@ -76,9 +77,11 @@ class StagingTC(S3TC):
             cnx.entity_from_eid(eid).cw_set(content=Binary(b"1"))
             cnx.commit()
             cnx.entity_from_eid(eid).cw_set(content=Binary(b"2"))
+            self.uploaded(cnx)
             staged = set(self.objects())
             cnx.rollback()
             cnx.entity_from_eid(eid).cw_set(content=Binary(b"2"))
+            self.uploaded(cnx)
             self.assertEqual(len(staged | set(self.objects())), 3)
             cnx.commit()
         self.assertEqual(self.objects(), {f"documents/{eid}": b"2"})
@@ -115,6 +118,7 @@ class StagingTC(S3TC):
         with self.admin_access.repo_cnx() as cnx:
             document = self.create(cnx, b"1")
             document.cw_set(content=Binary(b"2"))
+            self.uploaded(cnx)
             self.assertNotIn(f"documents/{document.eid}", self.objects())
             cnx.commit()
         self.assertEqual(self.objects(), {f"documents/{document.eid}": b"2"})
@@ -129,6 +133,7 @@ class StagingTC(S3TC):
     def test_an_outage_while_a_kept_copy_is_looked_for_is_an_outage(self):
         self.s3.faults.append(Fault("COPY", 403, "AccessDenied", times=1))
         eid = self.committed(b"content")
+        self.set_option("s3-cache-size", 0)
         self.s3.faults.append(Fault("LIST", 503, "SlowDown"))
         with self.assertRaises(S3Unreachable):
             self.read(eid)
@@ -137,6 +142,7 @@ class StagingTC(S3TC):
         eid = self.committed(b"content")
         key = self.row(eid)
         self.client.delete_object(Bucket=self.bucket, Key=key)
+        self.set_option("s3-cache-size", 0)
         for content in (b"1", b"2"):
             self.put(f"{key}.tmp.{content.hex() * 16}", content)
         with self.assertRaises(ObjectMissing):
@@ -154,6 +160,7 @@ class StagingTC(S3TC):
         self.set_storage("Document", "content", storage)
         with self.admin_access.repo_cnx() as cnx:
             self.create(cnx)
+            self.uploaded(cnx)
             self.assertIn("~new.", next(iter(self.objects())))
             cnx.commit()
         self.assertEqual(len(self.objects()), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import uuid
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 from cubicweb import Binary
@@ -12,6 +13,7 @@ from cubicweb.devtools.testlib import CubicWebTC
 
 import s3server
 from cubicweb_s3storage.storages import S3Storage
+from cubicweb_s3storage.uploads import history
 
 
 @functools.cache
@@ -23,6 +25,8 @@ class S3TC(CubicWebTC):
     """`Document.content` is kept in a bucket of its own for each test."""
 
     storage_class = S3Storage
+    #: bytes
+    cache_size = 2**24
 
     def setUp(self) -> None:
         self.s3 = endpoint()
@@ -37,6 +41,8 @@ class S3TC(CubicWebTC):
             ("s3-auto-delete", True),
             ("s3-transaction-suffix-key", False),
             ("s3-activate-object-versioning", False),
+            ("s3-cache-size", self.cache_size),
+            ("s3-cache-directory", self.enterContext(TemporaryDirectory())),
         ):
             self.set_option(option, default)
         self._storages: set[tuple[str, str]] = set()
@@ -64,7 +70,7 @@ class S3TC(CubicWebTC):
         source.clear_caches(None, None)  # queries remember the storage
         self._storages.add((etype, attr))
 
-    def set_option(self, name: str, value: bool) -> None:
+    def set_option(self, name: str, value: object) -> None:
         self.repo.config.global_set_option(name, value)
 
     def keep_versions(self) -> None:
@@ -84,6 +90,12 @@ class S3TC(CubicWebTC):
             cnx.commit()
         self.s3.requests.clear()
         return eid
+
+    def uploaded(self, cnx) -> None:
+        """Wait until the uploads of the transaction have ended."""
+        for uploads in history(cnx).values():
+            for upload in uploads:
+                upload.finish()
 
     def delete(self, eid: int) -> None:
         with self.admin_access.repo_cnx() as cnx:
