@@ -8,11 +8,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
+import botocore
 from botocore import session as botocore_session
 from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
+from cubicweb_s3storage.__pkginfo__ import distname, version
 from cubicweb_s3storage.answers import explanation
 from cubicweb_s3storage.engine import MAX_REQUESTS
 
@@ -25,6 +27,9 @@ READ_TIMEOUT = 30
 #: the threads of an engine, and as many transactions beside them
 MAX_CONNECTIONS = 2 * MAX_REQUESTS
 
+USER_AGENT = (
+    f"{distname}/{version} Boto3/{boto3.__version__} Botocore/{botocore.__version__}"
+)
 AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 
 
@@ -43,6 +48,9 @@ def make_client() -> BaseClient:
             "read_timeout": READ_TIMEOUT,
             "max_pool_connections": MAX_CONNECTIONS,
         }
+        if not _chosen_by_user("sdk_ua_app_id"):
+            # botocore puts a longer one together for every single request.
+            settings["user_agent"] = USER_AGENT
         if not _chosen_by_user("retry_mode"):
             settings["retries"] = {"mode": "standard"}
         client = boto3.client(

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from cubicweb_s3storage.cache import Cache
-from cubicweb_s3storage.downloads import MAX_SINGLE, NotModified
+from cubicweb_s3storage.downloads import MAX_SINGLE, Download, NotModified
 from cubicweb_s3storage.errors import ObjectMissing
 from cubicweb_s3storage.objects import ObjectRef
 from cubicweb_s3storage.s3 import Bucket
 
 logger = logging.getLogger("cube.s3storage.contents")
+
+
+class Fetched(NamedTuple):
+    """The content of an object, and whether the cache has it not."""
+
+    ref: ObjectRef
+    etag: str
+    content: bytes
+    is_new: bool
 
 
 class Contents:
@@ -40,11 +50,25 @@ class Contents:
 
         :raise S3StorageError: it cannot be read
         """
-        return self._read(ref, lambda length: True)
+        fetched = self._fetch(ref, lambda length: True)
+        self.keep(fetched)
+        return fetched.content
 
-    def read_if(self, ref: ObjectRef, admits: Callable[[int], bool]) -> bytes | None:
-        """The content, or None when it is long or `admits` refuses its length."""
-        return self._read(ref, lambda length: length <= MAX_SINGLE and admits(length))
+    def fetch_if(self, ref: ObjectRef, admits: Callable[[int], bool]) -> Fetched | None:
+        """The content, for who will `keep` it.
+
+        :return: None when it is long or `admits` refuses its length in bytes
+        """
+        return self._fetch(ref, lambda length: length <= MAX_SINGLE and admits(length))
+
+    def keep(self, fetched: Fetched) -> None:
+        """Have a content in the cache.
+
+        Not while other threads fetch theirs: each of the many calls of the operating
+        system that it takes makes Python switch between them.
+        """
+        if fetched.is_new:
+            self.remember(fetched.ref, fetched.etag, fetched.content)
 
     def cached(self, ref: ObjectRef) -> bytes | None:
         """The content, when S3 need not be asked."""
@@ -61,7 +85,7 @@ class Contents:
         found = self._cache.open(self._name(ref))
         if found and self._is_immutable(ref):
             return found.chunks()
-        known = {"IfNoneMatch": found.etag} if found else {}
+        known = {"IfNoneMatch": found.etag} if found and found.etag else {}
         try:
             download = self._objects.download(ref, **known)
         except NotModified:
@@ -99,25 +123,23 @@ class Contents:
         """What has been removed need not be kept."""
         self._cache.drop(self._name(ref) for ref in refs)
 
-    def _read(self, ref: ObjectRef, admits: Callable[[int], bool]) -> bytes | None:
-        name = self._name(ref)
-        found = self._cache.read(name)
+    def _fetch(self, ref: ObjectRef, admits: Callable[[int], bool]) -> Fetched | None:
+        found = self._cache.read(self._name(ref))
         if found and self._is_immutable(ref):
-            return found[1]
+            return Fetched(ref, *found, is_new=False)
         try:
-            known = {"IfNoneMatch": found[0]} if found else {}
+            known = {"IfNoneMatch": found[0]} if found and found[0] else {}
             download = self._objects.download(ref, **known)
         except NotModified:
-            return found[1]
+            return Fetched(ref, *found, is_new=False)
         if not admits(download.length):
             download.close()
             return None
         content = download.content()
         logger.info("Read %s/%s, %s bytes", self._objects.name, ref, len(content))
-        self._cache.write(name, download.etag, content)
-        return content
+        return Fetched(ref, download.etag, content, is_new=True)
 
-    def _keeping(self, ref: ObjectRef, download) -> Iterator[bytes]:
+    def _keeping(self, ref: ObjectRef, download: Download) -> Iterator[bytes]:
         name, size = self._name(ref), download.length
         with self._cache.writer(name, download.etag, size) as copy:
             for chunk in download.chunks():

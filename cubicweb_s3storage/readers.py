@@ -12,6 +12,7 @@ from cubicweb.server.session import Connection
 
 from cubicweb_s3storage import rows
 from cubicweb_s3storage.answers import explained, is_missing
+from cubicweb_s3storage.contents import Fetched
 from cubicweb_s3storage.errors import ObjectMissing, S3StorageError
 from cubicweb_s3storage.objects import ObjectRef
 from cubicweb_s3storage.uploads import last_upload
@@ -56,10 +57,10 @@ class Reader:
         """The content."""
         return self._first(self.storage.read_object)
 
-    def content_if(self, admits: Callable[[int], bool]) -> bytes | None:
-        """The content, or None when it is long or `admits` refuses its length."""
+    def fetch_if(self, admits: Callable[[int], bool]) -> Fetched | None:
+        """The content, see `Contents.fetch_if`."""
         contents = self.storage.contents
-        return self._first(lambda ref: contents.read_if(ref, admits))
+        return self._first(lambda ref: contents.fetch_if(ref, admits))
 
     def cached(self) -> bytes | None:
         """The content, when no request is needed."""
@@ -80,7 +81,10 @@ class Reader:
         return self._first(self.storage.contents.length)
 
     def found(self) -> ObjectRef:
-        """The object that is there."""
+        """The object that is there; not asked for when it can be but one."""
+        candidates = self._candidates()
+        if len(candidates) == 1:
+            return candidates[0]
 
         def look_for(ref: ObjectRef) -> ObjectRef:
             self.storage.contents.length(ref)

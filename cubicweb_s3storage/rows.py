@@ -46,6 +46,17 @@ def attributes(repo: Repository, bucket: str) -> Iterator[tuple[str, str]]:
                 yield etype, attr
 
 
+def is_written_elsewhere(cnx: Connection, eid: int) -> bool:
+    """Whether the row of a new entity is not part of this transaction.
+
+    So with `cubicweb.dataimport.pgstore.SQLGenSourceWrapper`, which commits rows on a
+    connection of its own.
+    """
+    if cnx.added_in_transaction(eid):
+        return False
+    return not _select(cnx, "SELECT 1 FROM entities WHERE eid=%(eid)s", {"eid": eid})
+
+
 def held_value(cnx: Connection, etype: str, eid: int, attr: str) -> bytes | None:
     """What the row holds, whoever is asking."""
     sql = f"SELECT cw_{attr} FROM cw_{etype} WHERE cw_eid=%(eid)s"

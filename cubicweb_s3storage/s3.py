@@ -244,27 +244,42 @@ class Bucket:
             position += len(chunk)
         return position == len(content)
 
+    def duplicate(
+        self, source: ObjectRef, key: str, arguments: Mapping[str, Any]
+    ) -> Written:
+        """Write an object with the content of another one, on the server.
+
+        :param arguments: further arguments of boto3's `put_object`
+        """
+        arguments = _only(TransferManager.ALLOWED_COPY_ARGS, arguments)
+        with explained(f"copy the object {source}", self.name, key):
+            answer = self._copy(
+                Key=key,
+                CopySource={"Bucket": self.name, **source.arguments},
+                MetadataDirective="REPLACE",
+                **arguments,
+            )
+        return Written(real_version(answer), "", _retries(answer) > 0)
+
     def copy(self, source: ObjectRef, key: str, arguments: Mapping[str, Any]) -> None:
-        """Copy an object inside the bucket, on the server.
+        """Give an object another key, on the server.
 
         :param arguments: the arguments of the upload of the source
         """
-        arguments = {
-            name: value
-            for name, value in arguments.items()
-            if name in TransferManager.ALLOWED_COPY_ARGS
-            and name not in COPIED_WITH_THE_OBJECT
-        }
+        names = set(TransferManager.ALLOWED_COPY_ARGS) - COPIED_WITH_THE_OBJECT
+        arguments = _only(names, arguments)
         for name, value in _only(READ_ARGUMENTS, arguments).items():
             if name.startswith("SSE"):
                 arguments[f"CopySource{name}"] = value
         with explained(f"copy the object {source} to its final key", self.name, key):
-            self.client.copy_object(
-                Bucket=self.name,
+            self._copy(
                 Key=key,
                 CopySource={"Bucket": self.name, **source.arguments},
                 **arguments,
             )
+
+    def _copy(self, **arguments: Any) -> dict[str, Any]:
+        return self.client.copy_object(Bucket=self.name, **arguments)
 
     def etags(self, prefix: str) -> Iterator[tuple[str, str]]:
         """The keys that start with `prefix`, in order, and the ETags."""

@@ -349,7 +349,6 @@ class S3Storage(Storage):
         cnx = entity._cw
         for failed in failures(cnx):
             failed.confirm()
-        content = binary.getvalue()
         key = check_key(self.new_s3_key(entity, attr), self.bucket)
         arguments = _content_type(entity, attr)
         arguments.update(self.get_upload_extra_args(entity, attr, key) or {})
@@ -362,16 +361,30 @@ class S3Storage(Storage):
             etype=entity.cw_etype,
             fresh=fresh,
             visible=not fresh and self._is_named_by_its_row(entity, attr, key),
+            detached=rows.is_written_elsewhere(cnx, entity.eid),
             arguments=arguments,
         )
         # Registered first: a failing request may have had its effect.
         S3AddFileOp.get_instance(cnx).add_data(upload)
-        upload.send(cnx, content)
+        original = self._to_copy(binary) if fresh else None
+        upload.send(cnx, original or binary.getvalue())
         version_id = None
         if self.keeps_versions(cnx) and not upload.staging_key:
             version_id = upload.version_id
         self.save_s3_key(entity, attr, key, version_id)
         return binary
+
+    def _to_copy(self, binary: Binary) -> ObjectRef | None:
+        """The object of this bucket that has the value, while it is not loaded."""
+        reader = binary.reader if isinstance(binary, LazyBinary) else None
+        if reader is None or reader.storage.bucket != self.bucket:
+            return None
+        storages = {self, reader.storage}
+        servers = {storage.s3cnx.meta.endpoint_url for storage in storages}
+        if len(servers) > 1 or any(s.downloads_by_itself for s in storages):
+            return None
+        with reader.reporting():
+            return reader.found()
 
     def _is_named_by_its_row(self, entity: Entity, attr: str, key: str) -> bool:
         """Whether the row names the object already, in any of the ways of reading."""

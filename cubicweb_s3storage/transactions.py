@@ -72,9 +72,9 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
         for upload in uploads:
             upload.finish()
         try:
-            begun = [upload for upload in uploads if upload.begun]
-            for storage, uploads in _by_storage(begun).items():
-                self._remove_written(storage, uploads)
+            for storage, some in _by_storage(uploads).items():
+                storage.contents.forget(ObjectRef(upload.key) for upload in some)
+                self._remove_written(storage, [u for u in some if u.begun])
         finally:
             self._unlock_moves()
 
@@ -151,6 +151,10 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
     def _remove_written(self, storage: S3Storage, uploads: list[Upload]) -> None:
         own, shareable = [], []
         for upload in uploads:
+            if upload.detached:
+                # Its row may be committed, or still will be.
+                _log_left_behind(storage, upload.ref, "its row is written elsewhere")
+                continue
             refs = [upload.ref]
             if upload.error and storage.keeps_versions(self.cnx):
                 refs = _versions_of(upload)

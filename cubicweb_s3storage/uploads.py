@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from cubicweb.server.session import Connection
 
 from cubicweb_s3storage import rows
-from cubicweb_s3storage.errors import S3StorageError, subject
+from cubicweb_s3storage.errors import KeyConflict, S3StorageError, subject
 from cubicweb_s3storage.objects import MAX_KEY_LENGTH, ObjectRef
 from cubicweb_s3storage.s3 import (
+    MAX_SINGLE,
     AlreadyThere,
     Bucket,
     Written,
-    is_long,
     md5,
     real_version,
 )
@@ -46,6 +46,7 @@ class Upload:
     :param fresh: nobody else can know the key
     :param visible: what is written under the key would be read before the commit
     :param foreign: the application has written it by itself
+    :param detached: its row is committed on another connection, nobody knows when
     :param arguments: further arguments of boto3's `put_object`
     """
 
@@ -57,6 +58,7 @@ class Upload:
     fresh: bool = False
     visible: bool = False
     foreign: bool = False
+    detached: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     #: the key under which the content waits for the commit, when it has to
     staging_key: str = ""
@@ -101,9 +103,10 @@ class Upload:
 
     # in the transaction #######################################################
 
-    def send(self, cnx: Connection, content: bytes) -> None:
+    def send(self, cnx: Connection, content: bytes | ObjectRef) -> None:
         """Write the content, so that nothing which is committed changes.
 
+        :param content: an object of this bucket is copied, if the key is fresh
         :raise S3StorageError: it is known already that S3 does not keep it
         """
         if not self.fresh:
@@ -112,15 +115,21 @@ class Upload:
             rows.share_lock(cnx, self.storage.bucket, self.key)
         register(cnx, self)
         self.adds_versions = self.storage.keeps_versions(cnx)
-        self.stages = self.visible or self.storage.stages_every_write(cnx)
+        self.stages = self.visible or (
+            self.storage.stages_every_write(cnx) and not self.detached
+        )
         failed = failures(cnx)
-        if self.adds_versions or is_long(content):
-            # The row names the version; long contents go in parts beside each other.
+        size = 0 if isinstance(content, ObjectRef) else len(content)
+        if size and self._is_cached_at_once:
+            # Nobody asks for it before the commit, and its ETag is never needed.
+            self.storage.contents.remember(ObjectRef(self.key), "", content)
+        # The row names the version; long contents go in parts beside each other.
+        if self.detached or self.adds_versions or size > MAX_SINGLE:
             self._write(content, failed)
             self.confirm()
         else:
             engine = self.storage.engine
-            self._job = engine.start(len(content), self._write, content, failed)
+            self._job = engine.start(size, self._write, content, failed)
 
     def finish(self) -> None:
         """Wait until it is known how the upload ends."""
@@ -157,7 +166,7 @@ class Upload:
 
     # in the background ########################################################
 
-    def _write(self, content: bytes, failed: list[Upload]) -> None:
+    def _write(self, content: bytes | ObjectRef, failed: list[Upload]) -> None:
         self.begun = True
         try:
             objects = self.storage.objects
@@ -187,6 +196,14 @@ class Upload:
             # A shared object is written again, too: its age tells garbage
             # collection that somebody wants it.
             self._put(objects, content)
+        elif self.detached:
+            raise KeyConflict(
+                "There is an object with another content, which an import that writes"
+                " rows by itself cannot replace",
+                bucket=self.storage.bucket,
+                key=self.key,
+                remedy="Remove it, or import with RQLObjectStore",
+            )
         else:
             self._stage(objects, content)
 
@@ -217,22 +234,30 @@ class Upload:
             self.key, content, head, self.arguments
         )
 
-    def _stage(self, objects: Bucket, content: bytes) -> None:
+    def _stage(self, objects: Bucket, content: bytes | ObjectRef) -> None:
         self.staging_key = new_staging_key(self.storage, self.key)
         self._put(objects, content)
 
-    def _put(self, objects: Bucket, content: bytes) -> None:
-        written = objects.put(self.ref.key, content, self.arguments)
+    def _put(self, objects: Bucket, content: bytes | ObjectRef) -> None:
+        if isinstance(content, ObjectRef):
+            written = objects.duplicate(content, self.ref.key, self.arguments)
+        else:
+            written = objects.put(self.ref.key, content, self.arguments)
+            self._remember(written, content)
         self.version_id = written.version_id
-        self._remember(written, content)
         if self.is_ours_alone and written.version_id and written.retried:
             self._remove_other_attempts(objects)
 
+    @property
+    def _is_cached_at_once(self) -> bool:
+        return self.fresh and not self.adds_versions
+
     def _remember(self, written: Written, content: bytes) -> None:
         """Under the final key, which it will have when it is committed."""
-        version_id = None if self.staging_key else written.version_id
-        ref = ObjectRef(self.key, version_id)
-        self.storage.contents.remember(ref, written.etag, content)
+        if not self._is_cached_at_once:
+            version_id = None if self.staging_key else written.version_id
+            ref = ObjectRef(self.key, version_id)
+            self.storage.contents.remember(ref, written.etag, content)
 
     def _remove_other_attempts(self, objects: Bucket) -> None:
         try:

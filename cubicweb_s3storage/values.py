@@ -15,6 +15,7 @@ from cubicweb import Binary
 from cubicweb.server.session import Connection
 from cubicweb.server.sources.native import NativeSQLSource
 
+from cubicweb_s3storage.contents import Fetched
 from cubicweb_s3storage.engine import PerProcess
 from cubicweb_s3storage.errors import ObjectMissing, S3StorageError
 from cubicweb_s3storage.readers import Reader
@@ -116,8 +117,9 @@ class Selection:
     def __init__(self) -> None:
         self._pid = os.getpid()
         self._values: list[weakref.ref[LazyBinary]] = []
-        self._jobs: dict[int, Future[bytes | None]] = {}
+        self._jobs: dict[int, Future[Fetched | None]] = {}
         self._sizes: dict[int, int] = {}
+        self._looked_at = 0
         self._admitting = threading.Lock()
 
     def add(self, value: LazyBinary) -> int:
@@ -135,22 +137,29 @@ class Selection:
         if job is None or job.cancel():
             return None
         try:
-            return job.result()
+            fetched = job.result()
         finally:
             self._sizes.pop(place, None)
+        if fetched is None:
+            return None
+        reader.storage.contents.keep(fetched)
+        return fetched.content
 
     def _load_ahead(self, place: int) -> None:
         for ahead in list(self._jobs):
             if self._values[ahead]() is None:
                 self._jobs.pop(ahead, None)
         end = min(place + 1 + MAX_AHEAD, len(self._values))
-        for ahead in range(place + 1, end):
+        # Those up to where the last call went have been looked at.
+        start = self._looked_at if place < self._looked_at < end else place + 1
+        self._looked_at = end
+        for ahead in range(start, end):
             value = self._values[ahead]()
             reader = value and value.reader
             if reader and ahead not in self._jobs and reader.may_read_ahead:
                 admits = partial(self._admits, ahead)
                 engine = reader.storage.engine
-                self._jobs[ahead] = engine.start_at_once(reader.content_if, admits)
+                self._jobs[ahead] = engine.start_at_once(reader.fetch_if, admits)
 
     def _admits(self, place: int, size: int) -> bool:
         with self._admitting:

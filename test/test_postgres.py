@@ -109,6 +109,7 @@ class ConcurrencyTC(PostgresMixin, S3TC):
         self.set_option("s3-activate-object-versioning", False)
         with self.admin_access.repo_cnx() as one, self.admin_access.repo_cnx() as two:
             key = self.storage.get_s3_key(self.create(one, b"content"), "content")
+            self.uploaded(one)
             with fsimport(two):
                 eid = self.create(two, key.encode()).eid
             two.commit()

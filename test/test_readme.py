@@ -194,6 +194,7 @@ class SnippetsTC(S3TC):
         self.assertEqual(value.getvalue(), b"scan")
 
     def test_missing_object(self):
+        self.set_option("s3-cache-size", 0)
         eid = self.committed()
         self.client.delete_object(Bucket=self.bucket, Key=self.row(eid))
         with self.admin_access.repo_cnx() as cnx:
