@@ -27,11 +27,13 @@ setup(
         # What `cubicweb_s3storage.testing` needs.
         "testing": ["moto[s3] >= 5"],
         "demo": ["cubicweb-file", "moto[s3] >= 5", "flask", "flask-cors"],
+        "bench": ["matplotlib"],
         "test": [
             "cubicweb-file",
             "docutils",
             "flask",
             "flask-cors",
+            "hypothesis",
             "moto[s3] >= 5",
             "psycopg2-binary",
             "pytest",

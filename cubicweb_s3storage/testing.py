@@ -1,10 +1,13 @@
 """For the tests of applications that keep values in S3."""
 
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import boto3
 from botocore.config import Config
 from moto import mock_aws
+
+from cubicweb_s3storage.cache import Cache
 
 
 class S3StorageTestMixin:
@@ -29,4 +32,12 @@ class S3StorageTestMixin:
         )
         client.start()
         self.addCleanup(client.stop)
+        directory = TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        cache = patch(
+            "cubicweb_s3storage.storages._instance_cache",
+            return_value=Cache(directory.name, 2**28),
+        )
+        cache.start()
+        self.addCleanup(cache.stop)
         super().setUp()
