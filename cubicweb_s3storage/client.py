@@ -77,7 +77,7 @@ def quieten_libraries() -> None:
     """
     for name in ("botocore", "boto3", "s3transfer", "urllib3"):
         library = logging.getLogger(name)
-        if library.level == logging.NOTSET:
+        if not library.level and library.getEffectiveLevel() < logging.INFO:
             library.setLevel(logging.INFO)
 
 

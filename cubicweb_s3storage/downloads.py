@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from io import BytesIO
 from itertools import count, islice
+from mmap import mmap
 from typing import Any
 
 from botocore.client import BaseClient
@@ -28,10 +29,10 @@ MAX_SINGLE = 16 * 2**20
 RANGE = 8 * 2**20
 #: bytes of each range of an object that is streamed, and ranges fetched ahead: all
 #: that streaming keeps in memory
-STREAM_RANGE = 4 * 2**20
-STREAM_AHEAD = 4
+STREAM_RANGE = 2 * 2**20
+STREAM_AHEAD = 10
 #: bytes read from the network at a time
-CHUNK = 256 * 2**10
+CHUNK = 64 * 2**10
 #: requests for the same bytes, when connections break before all have come
 ATTEMPTS = 5
 
@@ -139,21 +140,22 @@ class Download:
             yield from self._pieces(*first, self._body)
             self.close()
             while jobs:
-                yield jobs.popleft().result()
+                with jobs.popleft().result() as part:
+                    while piece := part.read(CHUNK):
+                        yield piece
                 jobs.extend(self._fetch(part) for part in islice(remaining, 1))
         finally:
             self._engine.stop(jobs)
 
-    def _fetch(self, part: tuple[int, int]) -> Future[bytearray]:
+    def _fetch(self, part: tuple[int, int]) -> Future[mmap]:
         return self._engine.start_at_once(self._part, *part)
 
-    def _part(self, start: int, end: int) -> bytearray:
-        content = bytearray(end - start)
-        with memoryview(content) as buffer:
-            position = 0
-            for piece in self._pieces(start, end):
-                buffer[position : position + len(piece)] = piece
-                position += len(piece)
+    def _part(self, start: int, end: int) -> mmap:
+        # Goes back to the system at once: what malloc keeps for each thread adds up.
+        content = mmap(-1, end - start)
+        for piece in self._pieces(start, end):
+            content.write(piece)
+        content.seek(0)
         return content
 
     def _fill(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -72,19 +73,26 @@ class Engine:
         """Call a function in the background; whoever asks bounds what it takes."""
         return self._executor.submit(function, *args)
 
-    def map(self, function: Callable[[Any], T], items: Iterable) -> list[T]:
+    def map(
+        self, function: Callable[[Any], T], items: Iterable, limit: int = MAX_REQUESTS
+    ) -> list[T]:
         """Call a function for each item; the results, in order.
 
         When one fails, its error is raised after all have stopped.
+
+        :param limit: calls at a time
         """
-        jobs = [self._executor.submit(function, item) for item in items]
+        results: list[T] = []
+        jobs: deque[Future[T]] = deque()
         try:
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            for item in items:
+                if len(jobs) == limit:
+                    results.append(jobs.popleft().result())
+                jobs.append(self._executor.submit(function, item))
+            results.extend(job.result() for job in jobs)
         finally:
             self.stop(jobs)
-        for job in done:
-            job.result()
-        return [job.result() for job in jobs]
+        return results
 
     def stop(self, jobs: Iterable[Future]) -> None:
         """Cancel the jobs that have not begun, wait for those that have."""

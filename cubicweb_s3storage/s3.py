@@ -34,6 +34,8 @@ logger = logging.getLogger("cube.s3storage.s3")
 MAX_SINGLE = 16 * 2**20
 #: bytes of each part of a longer object
 PART = 8 * 2**20
+#: botocore reads 1 MiB at a time to sign a part
+PARTS_AT_ONCE = 8
 #: objects, https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
 MAX_DELETE = 1000
 #: what a key may have and `DeleteObjects`, which is XML 1.0, cannot say
@@ -151,7 +153,8 @@ class Bucket:
             return {"PartNumber": part, **_only(names, answer)}
 
         try:
-            parts = self.engine.map(send, range(1, -(-len(content) // PART) + 1))
+            numbers = range(1, -(-len(content) // PART) + 1)
+            parts = self.engine.map(send, numbers, PARTS_AT_ONCE)
             return self.client.complete_multipart_upload(
                 MultipartUpload={"Parts": parts},
                 **upload,

@@ -435,8 +435,10 @@ class S3Storage(Storage):
     def _was_made_by_this_transaction(self, cnx: Connection, value: str) -> bool:
         key, version_id = self.parse_key(value)
         for upload in history(cnx).get((self.bucket, value), ()):
+            if upload.fresh:
+                return True
             upload.finish()
-            if upload.fresh or upload.created:
+            if upload.created:
                 return True
         return any(
             version_id and upload.version_id == version_id

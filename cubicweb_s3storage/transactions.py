@@ -151,6 +151,8 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
     def _remove_written(self, storage: S3Storage, uploads: list[Upload]) -> None:
         own, shareable = [], []
         for upload in uploads:
+            if upload.staging_key:
+                storage.load_values([ObjectRef(upload.key)])
             if upload.detached:
                 # Its row may be committed, or still will be.
                 _log_left_behind(storage, upload.ref, "its row is written elsewhere")
