@@ -112,7 +112,7 @@ class Cache:
         :param etag: what identifies this content
         """
         with self.writer(name, etag, len(content)) as writer:
-            writer.write_all(content)
+            writer.write(content)
 
     @contextmanager
     def writer(self, name: str, etag: str, size: int) -> Iterator[CacheWriter]:
@@ -126,16 +126,15 @@ class Cache:
         :return: a context manager that gives an object with a method `write`
         """
         writer = CacheWriter(self._path(name), name, etag, size)
-        if self.accepts(size) and writer.fits_header:
-            writer.attempt(lambda: self._begin(writer))
         try:
+            if self.accepts(size) and writer.fits_header:
+                writer.attempt(lambda: self._begin(writer))
             yield writer
             if writer.is_complete:
                 writer.attempt(writer.publish)
         finally:
             if writer.is_open:
                 writer.attempt(writer.discard)
-                self._give_back(writer.cost)
             if writer.error:
                 self._warn("cannot be written", writer.error)
 
@@ -190,9 +189,9 @@ class Cache:
         if self._reserve(writer.cost):
             try:
                 writer.create()
-            except OSError:
-                self._give_back(writer.cost)
-                raise
+            except FileNotFoundError:  # somebody has removed the directory
+                self._prepare_directory()
+                writer.create()
 
     def _reserve(self, cost: int) -> bool:
         """Whether there is room for a file; then it is counted already."""
@@ -208,16 +207,11 @@ class Cache:
             allowance.bytes -= cost
         return True
 
-    def _give_back(self, cost: int) -> None:
-        allowance = self._allowance.get()
-        with allowance.lock:
-            allowance.bytes += cost
-
     def _prepare_directory(self) -> None:
         with suppress(FileExistsError):  # as it is, but for the first time
             os.makedirs(self.directory, 0o700)
             os.chmod(self.directory, 0o700)  # whatever the umask
-        status = os.stat(self.directory)
+        status = os.stat(os.path.join(self.directory, ""))  # of a directory only
         if status.st_uid != os.geteuid():
             raise PermissionError(errno.EPERM, "Owned by another user")
         if status.st_mode & 0o077:
@@ -313,28 +307,18 @@ class CacheWriter:
         self._size = size
         self._file: int | None = None
         self._written = 0
-        self._has_header = False
         self._digest = _hasher()
+        self._digest_in_header: bytes | None = None
 
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
         """Append to the content.
 
         :param chunk: the next bytes
         """
-        position = self._written
         self._written += len(chunk)
         if self._file is not None and not self.error and self._written <= self._size:
             self._digest.update(chunk)
-            self.attempt(lambda: self._write_at(_HEADER_SIZE + position, chunk))
-
-    def write_all(self, content: bytes) -> None:
-        """Write the whole content with one call of the operating system."""
-        if self._file is not None and len(content) == self._size:
-            self._digest.update(content)
-            parts = [self._header(), content]
-            self.attempt(lambda: os.writev(self._file, parts))
-            self._written = self._size
-            self._has_header = True
+            self.attempt(lambda: self._append(chunk))
 
     @property
     def fits_header(self) -> bool:
@@ -362,8 +346,8 @@ class CacheWriter:
             os.ftruncate(self._file, _HEADER_SIZE + self._size)
 
     def publish(self) -> None:
-        if not self._has_header:
-            self._write_at(0, self._header())
+        if self._digest_in_header != self._digest.digest():
+            os.pwrite(self._file, self._header(), 0)
         os.replace(self._temporary, self._path)
         self._close()
 
@@ -371,8 +355,16 @@ class CacheWriter:
         self._close()
         _unlink(self._temporary)
 
+    def _append(self, chunk: bytes | bytearray | memoryview) -> None:
+        # The header with the first chunk, which often is the whole content.
+        is_first = self._digest_in_header is None
+        parts = [self._header(), chunk] if is_first else [chunk]
+        if os.writev(self._file, parts) < sum(map(len, parts)):
+            raise OSError(errno.ENOSPC, "Not all could be written")
+
     def _header(self) -> bytes:
-        return _header(self._name, self._digest.digest(), self._size, self._etag)
+        self._digest_in_header = digest = self._digest.digest()
+        return _header(self._name, digest, self._size, self._etag)
 
     def _close(self) -> None:
         file, self._file = self._file, None
@@ -380,13 +372,6 @@ class CacheWriter:
         # will notice.
         with suppress(OSError):
             os.close(file)
-
-    def _write_at(self, offset: int, content: bytes | bytearray | memoryview) -> None:
-        view = memoryview(content)
-        while view:
-            written = os.pwrite(self._file, view, offset)
-            view = view[written:]
-            offset += written
 
 
 class _DamagedError(Exception):
@@ -422,7 +407,7 @@ class _Entry:
         return self._etag, self._size
 
     def read(self) -> tuple[str, bytes]:
-        content = os.read(self._file, self._size)
+        content = b"".join(_chunks(self._file, self._size, self._size))
         self._verify([content])
         return self._etag, content
 
@@ -463,9 +448,9 @@ class _Usage:
         """Count new files of so many bytes, if there is room or can be made."""
         total = self._total()
         if total is None or total + size > max_bytes:
-            # Less than the limit: other processes may have allowances left, and the
-            # next write should not count again.
-            total = self._evict(max_bytes * 7 // 8 - size)
+            # Less than the limit: other processes may have allowances left, for which
+            # we leave a 16th, and the next write should not count again.
+            total = self._evict(max_bytes * 7 // 8 - size) + max_bytes // 16
         if total + size > max_bytes:
             return False
         stored = _TOTAL.pack(total + size)
@@ -479,7 +464,17 @@ class _Usage:
 
     def _evict(self, target: int) -> int:
         """Remove the least recently used entries down to `target` bytes."""
-        total, entries = self._list()
+        total, entries = 0, []
+        # First those that may get another name meanwhile: rather twice than never.
+        for status, path in self._files(_TEMPORARY):
+            if abs(time.time() - status.st_mtime) > _ABANDONED:
+                with suppress(OSError):
+                    _unlink(path)
+                    continue
+            total += _cost(status.st_size)
+        for status, path in self._files(_ENTRY):
+            total += _cost(status.st_size)
+            entries.append((status.st_mtime_ns, path, _cost(status.st_size)))
         for _, path, cost in sorted(entries):
             if total <= target:
                 break
@@ -488,29 +483,14 @@ class _Usage:
                 total -= cost
         return total
 
-    def _list(self) -> tuple[int, list[tuple[int, str, int]]]:
-        """What all files take; the entries: time of their last use, path, bytes."""
-        total, entries = 0, []
+    def _files(self, names: re.Pattern[str]) -> Iterator[tuple[os.stat_result, str]]:
         with os.scandir(self._directory) as files:
             for file in files:
-                is_entry = _ENTRY.fullmatch(file.name)
-                if not is_entry and not _TEMPORARY.fullmatch(file.name):
-                    continue
-                try:
-                    status = file.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if not stat.S_ISREG(status.st_mode):
-                    continue
-                if is_entry:
-                    cost = _cost(status.st_size)
-                    entries.append((status.st_mtime_ns, file.path, cost))
-                elif abs(time.time() - status.st_mtime) > _ABANDONED:
-                    with suppress(OSError):
-                        _unlink(file.path)
-                        continue
-                total += _cost(status.st_size)
-        return total, entries
+                if names.fullmatch(file.name):
+                    with suppress(FileNotFoundError):
+                        status = file.stat(follow_symlinks=False)
+                        if stat.S_ISREG(status.st_mode):
+                            yield status, file.path
 
 
 def _hasher() -> hashlib.blake2b:

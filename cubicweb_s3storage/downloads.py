@@ -76,16 +76,18 @@ class Download:
 
     def content(self) -> bytes:
         """All of it."""
-        attempt = 1
+        # Who reads a short object may be a job, which must not wait for others.
+        may_wait, attempt = self._is_long, 1
         while True:
             try:
-                if self._is_long:
+                if may_wait and self._is_long:
                     return self._content_in_ranges()
                 return self._content_at_once()
             except _Changed as error:
                 if attempt == ATTEMPTS:
                     raise self._keeps_changing() from error
                 attempt += 1
+                self._arguments.pop("IfNoneMatch", None)  # nobody expects NotModified
                 self._open()
 
     def chunks(self) -> Iterator[bytes]:

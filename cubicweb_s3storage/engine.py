@@ -73,20 +73,16 @@ class Engine:
         """Call a function in the background; whoever asks bounds what it takes."""
         return self._executor.submit(function, *args)
 
-    def map(
-        self, function: Callable[[Any], T], items: Iterable, limit: int = MAX_REQUESTS
-    ) -> list[T]:
+    def map(self, function: Callable[[Any], T], items: Iterable) -> list[T]:
         """Call a function for each item; the results, in order.
 
         When one fails, its error is raised after all have stopped.
-
-        :param limit: calls at a time
         """
         results: list[T] = []
         jobs: deque[Future[T]] = deque()
         try:
             for item in items:
-                if len(jobs) == limit:
+                if len(jobs) == MAX_REQUESTS:
                     results.append(jobs.popleft().result())
                 jobs.append(self._executor.submit(function, item))
             results.extend(job.result() for job in jobs)

@@ -23,7 +23,7 @@ from cubicweb_s3storage.answers import (
     explained,
     is_missing,
 )
-from cubicweb_s3storage.downloads import Download
+from cubicweb_s3storage.downloads import CHUNK, Download
 from cubicweb_s3storage.engine import Engine
 from cubicweb_s3storage.errors import ObjectMissing, S3StorageError
 from cubicweb_s3storage.objects import ObjectRef
@@ -34,13 +34,13 @@ logger = logging.getLogger("cube.s3storage.s3")
 MAX_SINGLE = 16 * 2**20
 #: bytes of each part of a longer object
 PART = 8 * 2**20
-#: botocore reads 1 MiB at a time to sign a part
-PARTS_AT_ONCE = 8
 #: objects, https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
 MAX_DELETE = 1000
 #: what a key may have and `DeleteObjects`, which is XML 1.0, cannot say
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
+#: what `copy_object` answers for objects of more than 5 GiB
+TOO_LARGE = {"EntityTooLarge", "InvalidRequest"}
 #: arguments of `put_object` that have a place where its parts are completed
 CONDITIONS = {"IfMatch", "IfNoneMatch"}
 #: what `get_object` and `head_object` need of the arguments of an upload
@@ -88,6 +88,16 @@ class AlreadyThere(Exception):
     def __init__(self, retried: bool) -> None:
         super().__init__(retried)
         self.retried = retried
+
+
+class _Part(ReadFileChunk):
+    """A part of a content.
+
+    Botocore asks for 1 MiB of each part at a time, which malloc keeps for each thread.
+    """
+
+    def read(self, amount: int | None = None) -> bytes:
+        return super().read(amount and min(amount, CHUNK))
 
 
 class Bucket:
@@ -143,7 +153,7 @@ class Bucket:
             body = BytesIO(content)
             body.seek((part - 1) * PART)
             answer = self.client.upload_part(
-                Body=ReadFileChunk(body, PART, len(content)),
+                Body=_Part(body, PART, len(content)),
                 PartNumber=part,
                 **upload,
                 **_only(UploadSubmissionTask.UPLOAD_PART_ARGS, arguments),
@@ -154,7 +164,7 @@ class Bucket:
 
         try:
             numbers = range(1, -(-len(content) // PART) + 1)
-            parts = self.engine.map(send, numbers, PARTS_AT_ONCE)
+            parts = self.engine.map(send, numbers)
             return self.client.complete_multipart_upload(
                 MultipartUpload={"Parts": parts},
                 **upload,
@@ -254,14 +264,10 @@ class Bucket:
 
         :param arguments: further arguments of boto3's `put_object`
         """
-        arguments = _only(TransferManager.ALLOWED_COPY_ARGS, arguments)
         with explained(f"copy the object {source}", self.name, key):
-            answer = self._copy(
-                Key=key,
-                CopySource={"Bucket": self.name, **source.arguments},
-                MetadataDirective="REPLACE",
-                **arguments,
-            )
+            names = TransferManager.ALLOWED_COPY_ARGS
+            copied = {**_only(names, arguments), "MetadataDirective": "REPLACE"}
+            answer = self._copy(source, key, copied, arguments)
         return Written(real_version(answer), "", _retries(answer) > 0)
 
     def copy(self, source: ObjectRef, key: str, arguments: Mapping[str, Any]) -> None:
@@ -270,19 +276,32 @@ class Bucket:
         :param arguments: the arguments of the upload of the source
         """
         names = set(TransferManager.ALLOWED_COPY_ARGS) - COPIED_WITH_THE_OBJECT
-        arguments = _only(names, arguments)
-        for name, value in _only(READ_ARGUMENTS, arguments).items():
+        copied = _only(names, arguments)
+        for name, value in _only(READ_ARGUMENTS, copied).items():
             if name.startswith("SSE"):
-                arguments[f"CopySource{name}"] = value
+                copied[f"CopySource{name}"] = value
         with explained(f"copy the object {source} to its final key", self.name, key):
-            self._copy(
-                Key=key,
-                CopySource={"Bucket": self.name, **source.arguments},
-                **arguments,
-            )
+            self._copy(source, key, copied, arguments)
 
-    def _copy(self, **arguments: Any) -> dict[str, Any]:
-        return self.client.copy_object(Bucket=self.name, **arguments)
+    def _copy(
+        self,
+        source: ObjectRef,
+        key: str,
+        copied: dict[str, Any],
+        arguments: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        place = {"Bucket": self.name, "Key": key}
+        copy_source = {"Bucket": self.name, **source.arguments}
+        try:
+            return self.client.copy_object(**place, CopySource=copy_source, **copied)
+        except ClientError as error:
+            if error_code(error) not in TOO_LARGE:
+                raise
+        # In parts, which take nothing over from the object that is copied.
+        names = TransferManager.ALLOWED_COPY_ARGS
+        everything = {**copied, **_only(names, arguments)}
+        self.client.copy(**place, CopySource=copy_source, ExtraArgs=everything)
+        return self.client.head_object(**place, **_only(READ_ARGUMENTS, arguments))
 
     def etags(self, prefix: str) -> Iterator[tuple[str, str]]:
         """The keys that start with `prefix`, in order, and the ETags."""

@@ -75,6 +75,7 @@ class LazyBinary(Binary):
                 self.reader = None
 
     __next__ = _loading("__next__")
+    __setstate__ = _loading("__setstate__")
     getbuffer = _loading("getbuffer")
     getvalue = _loading("getvalue")
     read = _loading("read")
@@ -84,6 +85,7 @@ class LazyBinary(Binary):
     readlines = _loading("readlines")
     truncate = _loading("truncate")
     write = _loading("write")
+    writelines = _loading("writelines")
 
     def seek(self, offset: int, whence: int = SEEK_SET, /) -> int:
         if whence == SEEK_END:

@@ -14,6 +14,7 @@ import re
 import ssl
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -29,7 +30,8 @@ HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 class Fault:
     """What happens to the next requests of one kind.
 
-    :param operation: PUT, GET, HEAD, COPY, DELETE, DELETEMANY, LIST, VERSIONS
+    :param operation: PUT, GET, HEAD, COPY, DELETE, DELETEMANY, LIST, VERSIONS; RANGE,
+      which is a GET with Range and If-Match; CREATEPARTS, PART, COMPLETE, ABORT
     :param status: answer with this status, or cut the connection when None
     :param code: the error code in the answer
     :param times: so many requests
@@ -37,6 +39,8 @@ class Fault:
     :param skip: let so many requests pass first
     :param match: only requests whose path has this text
     :param instead: call this; nothing fails when it returns a true value
+    :param cut_after: cut the connection after so many bytes of the content
+    :param without: a header that the server does not get to see; nothing fails
     """
 
     operation: str
@@ -47,6 +51,8 @@ class Fault:
     skip: int = 0
     match: str = ""
     instead: Callable[[], object] | None = None
+    cut_after: int | None = None
+    without: str = ""
 
 
 class S3Server:
@@ -109,6 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = proxy.fault_of(self._operation(), self.path)
         if fault and fault.instead and not fault.after and fault.instead():
             fault = None
+        cut_after = without = None
+        if fault and (fault.cut_after is not None or fault.without):
+            cut_after, without, fault = fault.cut_after, fault.without.lower(), None
         if fault and not fault.after:
             self._fail(fault)
             return
@@ -120,7 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.command, self.path, skip_host=True, skip_accept_encoding=True
         )
         for name, value in self.headers.items():
-            connection.putheader(name, value)
+            if name.lower() != without:
+                connection.putheader(name, value)
         connection.endheaders(body)
         answer = connection.getresponse()
         content = answer.read()
@@ -136,7 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
         if answer.status != 204:
             self.send_header("Content-Length", length)
         self.end_headers()
-        self.wfile.write(content)
+        with suppress(ConnectionError):  # not all of it is wanted
+            self.wfile.write(content[:cut_after])
+        self.close_connection = self.close_connection or cut_after is not None
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
 
@@ -148,6 +160,14 @@ class _Handler(BaseHTTPRequestHandler):
             return "VERSIONS"
         if self.command == "GET" and "list-type" in url.query:
             return "LIST"
+        if "uploadId=" in url.query or url.query == "uploads":
+            return {
+                "POST": "COMPLETE" if "uploadId=" in url.query else "CREATEPARTS",
+                "PUT": "PART",
+                "DELETE": "ABORT",
+            }[self.command]
+        if "Range" in self.headers and "If-Match" in self.headers:
+            return "RANGE"
         if "x-amz-copy-source" in self.headers:
             return "COPY"
         return self.command

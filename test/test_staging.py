@@ -164,3 +164,13 @@ class StagingTC(S3TC):
             self.assertIn("~new.", next(iter(self.objects())))
             cnx.commit()
         self.assertEqual(len(self.objects()), 1)
+
+    def test_an_object_too_large_for_one_copy_is_copied_in_parts(self):
+        content = bytes(9 * 2**20)
+        fault = Fault("COPY", 400, "InvalidRequest", times=1)
+        self.s3.faults.append(fault)
+        eid = self.committed(content, content_format="image/tiff")
+        self.assertEqual(fault.times, 0)
+        self.assertEqual(self.objects(), {self.row(eid): content})
+        head = self.client.head_object(Bucket=self.bucket, Key=self.row(eid))
+        self.assertEqual(head["ContentType"], "image/tiff")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import uuid
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -96,6 +97,15 @@ class S3TC(CubicWebTC):
         for uploads in history(cnx).values():
             for upload in uploads:
                 upload.finish()
+
+    def meeting(self, operation: str, parties: int) -> threading.Barrier:
+        """Where requests wait for each other; broken when they do not meet."""
+        barrier = threading.Barrier(parties, timeout=30)
+        fault = s3server.Fault(
+            operation, times=parties, instead=lambda: barrier.wait() >= 0
+        )
+        self.s3.faults[:] = [fault]
+        return barrier
 
     def delete(self, eid: int) -> None:
         with self.admin_access.repo_cnx() as cnx:
