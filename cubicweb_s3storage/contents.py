@@ -70,12 +70,9 @@ class Contents:
         if fetched.is_new:
             self.remember(fetched.ref, fetched.etag, fetched.content)
 
-    def cached(self, ref: ObjectRef) -> bytes | None:
-        """The content, when S3 need not be asked."""
-        if not self._is_immutable(ref):
-            return None
-        found = self._cache.read(self._name(ref))
-        return found and found[1]
+    def is_at_hand(self, ref: ObjectRef) -> bool:
+        """Whether S3 need not be asked for the content."""
+        return self._is_immutable(ref) and self._cache.peek(self._name(ref)) is not None
 
     def chunks(self, ref: ObjectRef) -> Iterator[bytes]:
         """The content in pieces, in constant memory.

@@ -103,4 +103,4 @@ class Engine:
         with self._room:
             self._jobs -= 1
             self._bytes -= size
-            self._room.notify()
+            self._room.notify_all()

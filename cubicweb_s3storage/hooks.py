@@ -2,14 +2,15 @@
 
 from cubicweb.server.hook import Hook
 
-from cubicweb_s3storage.values import select_together
+from cubicweb_s3storage.values import leave_unread, select_together
 
 
-class SelectTogetherHook(Hook):
-    """Has the values that one query selects load beside each other."""
+class LazyValuesHook(Hook):
+    """Has values load beside each other, and only when they are used."""
 
-    __regid__ = "s3storage.select-together"
+    __regid__ = "s3storage.lazy-values"
     events = ("server_startup", "server_maintenance")
 
     def __call__(self) -> None:
         select_together(self.repo.system_source)
+        leave_unread(self.repo.system_source)

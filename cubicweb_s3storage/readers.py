@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,9 +53,24 @@ class Reader:
         self._cnx = weakref.ref(cnx)
         self._error = error
         self._is_reported = False
+        self._kept: bytes | None = None
+        self._pid = os.getpid()
+
+    def keep(self, content: bytes) -> None:
+        """Read this from now on: its object goes."""
+        self._kept = content
+
+    @property
+    def held(self) -> bytes | None:
+        """The content, while it is in memory."""
+        if self._kept is None and self._upload is not None:
+            return self._upload.pending
+        return self._kept
 
     def content(self) -> bytes:
         """The content."""
+        if (held := self.held) is not None:
+            return held
         return self._first(self.storage.read_object)
 
     def fetch_if(self, admits: Callable[[int], bool]) -> Fetched | None:
@@ -62,21 +78,23 @@ class Reader:
         contents = self.storage.contents
         return self._first(lambda ref: contents.fetch_if(ref, admits))
 
-    def cached(self) -> bytes | None:
-        """The content, when no request is needed."""
+    def is_at_hand(self) -> bool:
+        """Whether no request is needed for the content."""
+        if self.held is not None:
+            return True
         if self._error or self.storage.downloads_by_itself:
-            return None
-        return self.storage.contents.cached(self._candidates()[0])
+            return False
+        return self.storage.contents.is_at_hand(self._candidates()[0])
 
     def chunks(self) -> Iterator[bytes]:
         """The content in pieces, in constant memory."""
-        if self.storage.downloads_by_itself:
+        if self.held is not None or self.storage.downloads_by_itself:
             return iter([self.content()])
         return self._first(self.storage.contents.chunks)
 
     def length(self) -> int:
         """How many bytes the content has."""
-        if self.storage.downloads_by_itself:
+        if self.held is not None or self.storage.downloads_by_itself:
             return len(self.content())
         return self._first(self.storage.contents.length)
 
@@ -96,7 +114,8 @@ class Reader:
     def may_read_ahead(self) -> bool:
         """Whether a thread can read it without waiting for other threads."""
         ready = self._upload is None or self._upload.has_finished
-        return ready and not self._error and not self.storage.downloads_by_itself
+        known = self._error or self.held is not None
+        return ready and not known and not self.storage.downloads_by_itself
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -145,7 +164,7 @@ class Reader:
         attributes = rows.attributes(self._repo, bucket)
         names = [f"{etype}, attribute {attr}" for etype, attr in attributes]
         cnx = self._cnx()
-        if cnx is not None and cnx.cnxset is not None:
+        if cnx is not None and cnx.cnxset is not None and self._pid == os.getpid():
             try:
                 held_by = rows.holders(cnx, bucket, [self._value])
                 names = [str(holder) for holder in held_by] or names

@@ -6,6 +6,7 @@ the middle of a result set, whose values are being read.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -162,6 +163,7 @@ class _MoveLock:
         self._error = cnx.repo.system_source.DbapiError
         self._args = {"space": space, "stripes": stripes, "timeout": MOVE_TIMEOUT}
         self._taken = False
+        self._pid = os.getpid()
 
     def take(self) -> None:
         self._taken = True  # some of them, should this fail
@@ -170,7 +172,7 @@ class _MoveLock:
         self._execute("SET LOCAL lock_timeout TO DEFAULT")
 
     def release(self) -> None:
-        if self._taken:
+        if self._taken and self._pid == os.getpid():
             self._taken = False
             try:
                 self._cnxset.rollback()

@@ -41,6 +41,8 @@ NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 #: what `copy_object` answers for objects of more than 5 GiB
 TOO_LARGE = {"EntityTooLarge", "InvalidRequest"}
+#: arguments of `put_object` that are about a content written at once
+WHOLE = re.compile("Content(MD5|Length)|Checksum(?!Algorithm).*|WriteOffsetBytes")
 #: arguments of `put_object` that have a place where its parts are completed
 CONDITIONS = {"IfMatch", "IfNoneMatch"}
 #: what `get_object` and `head_object` need of the arguments of an upload
@@ -121,7 +123,8 @@ class Bucket:
 
         :param arguments: further arguments of boto3's `put_object`
         """
-        put = self._put_in_parts if is_long(content) else self._put_at_once
+        in_parts = is_long(content) and not any(map(WHOLE.fullmatch, arguments))
+        put = self._put_in_parts if in_parts else self._put_at_once
         try:
             with explained("write the object", self.name, key):
                 answer = put(Bucket=self.name, Key=key, content=content, **arguments)
@@ -240,7 +243,7 @@ class Bucket:
         if head["ContentLength"] != len(content):
             return False
         etag = head.get("ETag", "").strip('"')
-        if etag == md5(content) or (is_long(content) and etag == md5_of_parts(content)):
+        if etag in (md5_as_written(content), md5(content)):
             return True
         # The ETag of an object is its MD5 unless it was uploaded in parts or is
         # encrypted with a key of KMS or of the user:
@@ -374,7 +377,12 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def md5_of_parts(content: bytes) -> str:
+def md5_as_written(content: bytes) -> str:
+    """What the ETag has when `Bucket.put` has written the content."""
+    return _md5_of_parts(content) if is_long(content) else md5(content)
+
+
+def _md5_of_parts(content: bytes) -> str:
     """The ETag, without quotes, of an object that was written in parts by this cube.
 
     https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html

@@ -269,11 +269,11 @@ class S3Storage(Storage):
         """Whether a subclass decides what the content of an object is."""
         return type(self).download is not S3Storage.download
 
-    def load_values(self, refs: Iterable[ObjectRef]) -> None:
+    def keep_values(self, keys: Iterable[str]) -> None:
         """Have the values in memory that read objects which are going to change."""
-        for value in self._unread.get().of({ref.key for ref in refs}):
+        for value in self._unread.get().of(set(keys)):
             try:
-                value.load()
+                value.keep()
             except S3StorageError as error:
                 self.warning("A value cannot be read any more: %s", error)
 
@@ -377,7 +377,7 @@ class S3Storage(Storage):
     def _to_copy(self, binary: Binary) -> ObjectRef | None:
         """The object of this bucket that has the value, while it is not loaded."""
         reader = binary.reader if isinstance(binary, LazyBinary) else None
-        if reader is None or reader.storage.bucket != self.bucket:
+        if reader is None or reader.held or reader.storage.bucket != self.bucket:
             return None
         storages = {self, reader.storage}
         servers = {storage.s3cnx.meta.endpoint_url for storage in storages}

@@ -67,6 +67,10 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
     def rollback_event(self) -> None:
         # A fork must not remove what the transaction of its parent writes.
         uploads = [u for u in self._container if u.pid == os.getpid()]
+        if not uploads:
+            return
+        for storage, some in _by_storage(uploads).items():
+            storage.keep_values(upload.key for upload in some)
         for upload in uploads:
             upload.cancel()
         for upload in uploads:
@@ -102,7 +106,9 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
         """Move what rows name; a later write of this transaction may have won."""
         if not uploads:
             return
-        named = self._named_keys(storage, {upload.key for upload in uploads})
+        keys = {upload.key for upload in uploads}
+        storage.keep_values(keys)
+        named = self._named_keys(storage, keys)
         done, moved = [], set()
         for upload in uploads:
             last = last_upload(self.cnx, storage.bucket, upload.key) is upload
@@ -131,7 +137,6 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
 
     def _move(self, upload: Upload) -> bool:
         bucket = upload.storage.bucket
-        upload.storage.load_values([ObjectRef(upload.key)])
         try:
             upload.storage.objects.copy(upload.ref, upload.key, upload.arguments)
         except S3StorageError as error:
@@ -151,8 +156,6 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
     def _remove_written(self, storage: S3Storage, uploads: list[Upload]) -> None:
         own, shareable = [], []
         for upload in uploads:
-            if upload.staging_key:
-                storage.load_values([ObjectRef(upload.key)])
             if upload.detached:
                 # Its row may be committed, or still will be.
                 _log_left_behind(storage, upload.ref, "its row is written elsewhere")
@@ -232,7 +235,7 @@ def refuse_conflicts(cnx: Connection) -> None:
 def remove(storage: S3Storage, refs: Iterable[ObjectRef]) -> None:
     """Remove objects that no row can name; what S3 refuses to remove is logged."""
     refs = list(refs)
-    storage.load_values(refs)
+    storage.keep_values(ref.key for ref in refs)
     storage.contents.forget(refs)
     try:
         failures = storage.objects.delete(refs)

@@ -8,7 +8,6 @@ import os
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from cubicweb_s3storage.s3 import (
     AlreadyThere,
     Bucket,
     Written,
-    md5,
+    md5_as_written,
     real_version,
 )
 
@@ -75,6 +74,8 @@ class Upload:
     begun: bool = False
     #: the process in which it runs; what a fork has copied never ends
     pid: int = field(default_factory=os.getpid)
+    #: the content, while it is not known how the upload ends
+    pending: bytes | None = None
     stages: bool = False
     adds_versions: bool = False
     _job: Future | None = None
@@ -128,27 +129,33 @@ class Upload:
             self._write(content, failed)
             self.confirm()
         else:
+            if size:
+                self.pending = content
             engine = self.storage.engine
             self._job = engine.start(size, self._write, content, failed)
 
     def finish(self) -> None:
         """Wait until it is known how the upload ends."""
-        if self._job is None:
+        job = self._job
+        if job is None:
             return
         if self.pid != os.getpid():
-            self.error = S3StorageError(
-                "The upload belongs to the process that has forked",
-                bucket=self.storage.bucket,
-                key=self.key,
-            )
+            self._end("The upload belongs to the process that has forked")
         else:
-            with suppress(CancelledError):
-                self._job.result()
+            try:
+                job.result()
+            except CancelledError:
+                self._end("The upload was cancelled by a rollback")
+                self.pending = None
         self._job = None
+
+    def _end(self, problem: str) -> None:
+        self.error = S3StorageError(problem, bucket=self.storage.bucket, key=self.key)
 
     @property
     def has_finished(self) -> bool:
-        return self._job is None or self._job.done()
+        job = self._job
+        return job is None or (self.pid == os.getpid() and job.done())
 
     def confirm(self) -> None:
         """Wait until S3 keeps the content.
@@ -181,9 +188,11 @@ class Upload:
                 error.subject = error.subject or self.subject
             self.error = error
             failed.append(self)
+        finally:
+            self.pending = None
 
     def _write_where_others_may(self, objects: Bucket, content: bytes) -> None:
-        self.md5 = md5(content)
+        self.md5 = md5_as_written(content)
         head = self._head(objects)
         if head is None and not self.stages:
             if self._put_new(objects, content):

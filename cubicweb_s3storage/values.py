@@ -62,10 +62,7 @@ class LazyBinary(Binary):
         reader = self.reader
         if reader is None or self.closed:
             return
-        with reader.reporting():
-            content = self._selection.take(self._place, reader)
-            if content is None:
-                content = reader.content()
+        content = self._content(reader)
         with _installing.get():
             if self.reader is not None:
                 position = self.tell()
@@ -73,6 +70,21 @@ class LazyBinary(Binary):
                 BytesIO.__init__(self, content)
                 BytesIO.seek(self, position)
                 self.reader = None
+
+    def keep(self) -> None:
+        """Have the content in memory, before its object goes.
+
+        Another thread may use the value: this one leaves its position alone.
+
+        :raise S3StorageError: it cannot be read
+        """
+        if (reader := self.reader) is not None:
+            reader.keep(self._content(reader))
+
+    def _content(self, reader: Reader) -> bytes:
+        with reader.reporting():
+            content = self._selection.take(self._place, reader)
+            return reader.content() if content is None else content
 
     __next__ = _loading("__next__")
     __setstate__ = _loading("__setstate__")
@@ -107,7 +119,15 @@ class LazyBinary(Binary):
         plain = Binary(self.getvalue())
         plain.seek(self.tell())
         plain.__dict__.update(self.__dict__)
-        return plain.__reduce_ex__(protocol)
+        if protocol < 2:
+            return plain.__reduce_ex__(protocol)
+        return Binary, (), plain.__getstate__()
+
+    def __eq__(self, other: object) -> bool:
+        # Schemas ask whether a value is still the one that was given.
+        return (self is other and not self.closed) or super().__eq__(other)
+
+    __hash__ = None
 
 
 _installing = PerProcess(threading.Lock)
@@ -129,17 +149,21 @@ class Selection:
         return len(self._values) - 1
 
     def take(self, place: int, reader: Reader) -> bytes | None:
-        """A content that has been loaded ahead or needs no request, else None."""
+        """The content, if it has been loaded ahead; has the next ones load."""
         if self._pid != os.getpid():  # jobs do not survive a fork
             return None
         job = self._jobs.pop(place, None)
-        if job is None and (content := reader.cached()) is not None:
-            return content
+        if job is None and reader.is_at_hand():
+            return None
         self._load_ahead(place)
         if job is None or job.cancel():
             return None
         try:
             fetched = job.result()
+        except ObjectMissing:
+            raise
+        except S3StorageError:
+            return None  # perhaps it can be read now
         finally:
             self._sizes.pop(place, None)
         if fetched is None:
@@ -149,8 +173,8 @@ class Selection:
 
     def _load_ahead(self, place: int) -> None:
         for ahead in list(self._jobs):
-            if self._values[ahead]() is None:
-                self._jobs.pop(ahead, None)
+            if self._values[ahead]() is None and (job := self._jobs.pop(ahead, None)):
+                job.cancel()
         end = min(place + 1 + MAX_AHEAD, len(self._values))
         # Those up to where the last call went have been looked at.
         start = self._looked_at if place < self._looked_at < end else place + 1
@@ -208,6 +232,41 @@ def select_together(source: NativeSQLSource) -> None:
     source.process_result = process_result_together
 
 
+def leave_unread(source: NativeSQLSource) -> None:
+    """Have no value loaded because it is an argument of a query.
+
+    CubicWeb makes SQL arguments of all of them, also of what is set, which the SQL
+    never uses.
+    """
+    merge_args = source.merge_args
+
+    @wraps(merge_args)
+    def merge_unread_args(
+        args: dict[str, Any] | None, query_args: dict[str, Any]
+    ) -> dict[str, Any]:
+        unread = {
+            name: _UnreadArgument(value, source._binary)
+            for name, value in (args or {}).items()
+            if isinstance(value, LazyBinary) and value.reader
+        }
+        return merge_args({**args, **unread} if unread else args, query_args)
+
+    source.merge_args = merge_unread_args
+
+
+class _UnreadArgument:
+    """An argument of an SQL statement that is loaded if the statement uses it."""
+
+    def __init__(self, value: LazyBinary, binary: Callable[[bytes], Any]) -> None:
+        self._value = value
+        self._binary = binary
+
+    def __conform__(self, protocol: type) -> Any:
+        # https://docs.python.org/3/library/sqlite3.html#how-to-adapt-custom-python-types-to-sqlite-values
+        # https://www.psycopg.org/docs/advanced.html#adapting-new-python-types-to-sql-syntax
+        return self._binary(self._value.getvalue())
+
+
 def length(source: NativeSQLSource, cnx: Connection, value: Binary) -> Any:
     """What `LENGTH` makes of a value of an attribute that a storage holds.
 
@@ -235,7 +294,10 @@ def lengths(values: list[LazyBinary]) -> list[int | None]:
     readers = [value.reader for value in values]
     if not readers:
         return []
-    answers = readers[0].storage.engine.map(_try_length, readers)
+    storage = readers[0].storage
+    # Such a download may need the engine itself.
+    do_all = map if storage.downloads_by_itself else storage.engine.map
+    answers = do_all(_try_length, readers)
     return [
         _length(reader, answer) for reader, answer in zip(readers, answers, strict=True)
     ]
@@ -279,4 +341,4 @@ class Unread:
         """Those that may read one of the keys."""
         with self._lock:
             found = [self._values.pop(key, {}) for key in keys]
-        return [value for some in found for value in some.values() if value.reader]
+        return [value for some in found for value in some.values()]

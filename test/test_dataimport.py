@@ -14,7 +14,7 @@ from testlib import S3TC, ContentHashStorage, OwnKeyStorage
 
 
 class Rows(SQLGenSourceWrapper):
-    """Repaired: with psycopg2 2.9, CubicWeb's fails to find the table `is_relation(`."""
+    """Repaired: CubicWeb's does not find the table `is_relation(` in psycopg2 2.9."""
 
     def _append_to_entities(self, sql, attrs):
         super()._append_to_entities(sql.replace("_relation(", "_relation ("), attrs)

@@ -324,7 +324,18 @@ class UploadsTC(HoldingTC):
         self.assertEqual(self.objects(), {})
 
     def test_a_rollback_waits_for_them_and_removes_them(self):
-        self.hold("PUT", 4)
+        def end_late():
+            self.arrived.release()
+            self.go.wait(PATIENCE)
+            threading.Event().wait(MOMENT)
+            return not events.append("uploaded")
+
+        def delete():
+            return not events.append("removed")
+
+        events = []
+        self.s3.faults.append(Fault("PUT", instead=end_late))
+        self.s3.faults.append(Fault("DELETEMANY", instead=delete))
         with bounds(MAX_REQUESTS=4), self.admin_access.repo_cnx() as cnx:
             self.announce("rollback_event")(cnx)
             for _ in range(4):
@@ -332,7 +343,7 @@ class UploadsTC(HoldingTC):
             self.await_held(4)
             cnx.rollback()
             self.assertEqual(self.objects(), {})
-        self.assertEqual(self.s3.requests, [*4 * ["PUT"], "DELETEMANY"])
+        self.assertEqual(events, [*4 * ["uploaded"], "removed"])
 
     def test_those_that_operations_add_are_confirmed_too(self):
         eid = self.committed(b"old")
@@ -378,9 +389,8 @@ class UploadsTC(HoldingTC):
             with self.admin_access.repo_cnx() as cnx:
                 for content in (b"first", b"second", b"third"):
                     self.create(cnx, content)
-                values = self.contents(cnx)
+                contents = [value.getvalue() for value in self.contents(cnx)]
                 self.go.set()
-                contents = [value.getvalue() for value in values]
             self.assertEqual(contents, [b"first", b"second", b"third"])
 
     def test_what_could_not_be_written_cannot_be_read(self):
@@ -391,6 +401,7 @@ class UploadsTC(HoldingTC):
             self.create(cnx)
             (value,) = self.contents(cnx)
             self.go.set()
+            self.uploaded(cnx)
             with self.assertRaises(AccessRefused):
                 value.getvalue()
 

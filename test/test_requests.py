@@ -66,6 +66,7 @@ class RequestsTC(S3TC):
         with self.admin_access.repo_cnx() as cnx:
             for _ in range(20):
                 self.create(cnx)
+            self.uploaded(cnx)
             cnx.rollback()
         self.assertEqual(self.s3.requests, ["PUT"] * 20 + ["DELETEMANY"])
 
