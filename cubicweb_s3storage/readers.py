@@ -63,9 +63,11 @@ class Reader:
     @property
     def held(self) -> bytes | None:
         """The content, while it is in memory."""
-        if self._kept is None and self._upload is not None:
-            return self._upload.pending
-        return self._kept
+        if self._kept is not None:
+            return self._kept
+        if self._upload is None or self.storage.downloads_by_itself:
+            return None
+        return self._upload.pending
 
     def content(self) -> bytes:
         """The content."""

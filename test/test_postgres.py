@@ -86,6 +86,7 @@ class ConcurrencyTC(PostgresMixin, S3TC):
     def test_the_creator_is_rolled_back_while_another_row_is_on_its_way(self):
         with self.admin_access.repo_cnx() as one, self.admin_access.repo_cnx() as two:
             self.create(one, b"content")
+            self.uploaded(one)
             eid = self.create(two, b"content").eid
             with self.assertLogs("cube.s3storage", "ERROR"):
                 one.rollback()
