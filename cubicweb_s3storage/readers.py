@@ -84,7 +84,7 @@ class Reader:
         """Whether no request is needed for the content."""
         if self.held is not None:
             return True
-        if self._error or self.storage.downloads_by_itself:
+        if self._error is not None or self.storage.downloads_by_itself:
             return False
         return self.storage.contents.is_at_hand(self._candidates()[0])
 
@@ -126,8 +126,6 @@ class Reader:
         To be used where the transaction is.
         """
         try:
-            if self._error is not None:
-                raise self._error
             yield
         except S3StorageError as error:
             error.subject = error.subject or self._subject()
@@ -138,6 +136,8 @@ class Reader:
             raise
 
     def _first(self, request: Callable[[ObjectRef], T]) -> T:
+        if self._error is not None:
+            raise self._error
         bucket = self.storage.bucket
         missing = None
         for ref in self._candidates():

@@ -185,6 +185,9 @@ class MissingTC(S3TC):
             self.set_row(eid, content)
             with self.assertRaisesRegex(ObjectMissing, "storage_changed"):
                 self.read(eid)
+            with self.admin_access.repo_cnx() as cnx:
+                rows = cnx.execute("Any LENGTH(D) WHERE X content D").rows
+            self.assertEqual(rows, [[None]])
 
 
 class UnreachableTC(S3TC):
