@@ -250,6 +250,10 @@ class Upload:
     def _put(self, objects: Bucket, content: bytes | ObjectRef) -> None:
         if isinstance(content, ObjectRef):
             written = objects.duplicate(content, self.ref.key, self.arguments)
+            if self.adds_versions and written.version_id is None:
+                # Ceph does not tell which version a copy is. The key is ours alone.
+                head = objects.head(self.ref, self.arguments)
+                written = written._replace(version_id=real_version(head))
         else:
             written = objects.put(self.ref.key, content, self.arguments)
             self._remember(written, content)

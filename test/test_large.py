@@ -28,11 +28,11 @@ IN_PARTS = ["CREATEPARTS", "PART", "PART", "PART", "COMPLETE"]
 
 class DescribedStorage(S3Storage):
     def get_upload_extra_args(self, entity, attr, key):
-        return {
-            "CacheControl": "private",
-            "ChecksumAlgorithm": "SHA256",
-            "Metadata": {"eid": str(entity.eid)},
-        }
+        arguments = {"CacheControl": "private", "Metadata": {"eid": str(entity.eid)}}
+        if not self.s3cnx.meta.endpoint_url.startswith("https"):
+            # Over TLS it is sent after the content, which not every server accepts.
+            arguments["ChecksumAlgorithm"] = "SHA256"
+        return arguments
 
 
 class LargeTC(S3TC):

@@ -186,7 +186,9 @@ class MissingTC(S3TC):
             with self.assertRaisesRegex(ObjectMissing, "storage_changed"):
                 self.read(eid)
             with self.admin_access.repo_cnx() as cnx:
-                rows = cnx.execute("Any LENGTH(D) WHERE X content D").rows
+                rows = cnx.execute(
+                    "Any LENGTH(D) WHERE X is Document, X content D"
+                ).rows
             self.assertEqual(rows, [[None]])
 
 
