@@ -20,7 +20,6 @@ from cubicweb_s3storage.s3 import (
     MAX_SINGLE,
     AlreadyThere,
     Bucket,
-    Written,
     md5_as_written,
     real_version,
 )
@@ -39,7 +38,7 @@ class Upload:
     """A value that the transaction writes, in the background.
 
     The first four fields are the tuple that cubicweb-s3storage 4.x kept. Those after
-    `arguments` are known when the upload has `finished`.
+    `arguments` are known when the upload has finished.
 
     :param key: the final key, which the row names
     :param fresh: nobody else can know the key
@@ -123,7 +122,7 @@ class Upload:
         size = 0 if isinstance(content, ObjectRef) else len(content)
         if size and self._is_cached_at_once:
             # Nobody asks for it before the commit, and its ETag is never needed.
-            self.storage.contents.remember(ObjectRef(self.key), "", content)
+            self._remember(None, "", content)
         # The row names the version; long contents go in parts beside each other.
         if self.detached or self.adds_versions or size > MAX_SINGLE:
             self._write(content, failed)
@@ -222,7 +221,7 @@ class Upload:
         try:
             written = objects.put_new(self.key, content, self.arguments)
             self.version_id = written.version_id
-            self._remember(written, content)
+            self._remember(written.version_id, written.etag, content)
         except AlreadyThere as obstacle:
             # An earlier attempt of ours may have had its effect, its answer lost.
             # A version, however, has to be ours for certain.
@@ -256,7 +255,9 @@ class Upload:
                 written = written._replace(version_id=real_version(head))
         else:
             written = objects.put(self.ref.key, content, self.arguments)
-            self._remember(written, content)
+            if not self._is_cached_at_once:
+                version_id = None if self.staging_key else written.version_id
+                self._remember(version_id, written.etag, content)
         self.version_id = written.version_id
         if self.is_ours_alone and written.version_id and written.retried:
             self._remove_other_attempts(objects)
@@ -265,12 +266,12 @@ class Upload:
     def _is_cached_at_once(self) -> bool:
         return self.fresh and not self.adds_versions
 
-    def _remember(self, written: Written, content: bytes) -> None:
-        """Under the final key, which it will have when it is committed."""
-        if not self._is_cached_at_once:
-            version_id = None if self.staging_key else written.version_id
+    def _remember(self, version_id: str | None, etag: str, content: bytes) -> None:
+        """Cache the content as what it will be when it is committed."""
+        # Who encrypts with a key of his own does not want it on the local disk.
+        if "SSECustomerKey" not in self.arguments:
             ref = ObjectRef(self.key, version_id)
-            self.storage.contents.remember(ref, written.etag, content)
+            self.storage.contents.remember(ref, etag, content)
 
     def _remove_other_attempts(self, objects: Bucket) -> None:
         try:
