@@ -47,7 +47,10 @@ class Engine:
     """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(MAX_REQUESTS, "s3storage")
+        self._local = threading.local()
+        self._executor = ThreadPoolExecutor(
+            MAX_REQUESTS, "s3storage", lambda: setattr(self._local, "is_job", True)
+        )
         self._room = threading.Condition()
         self._jobs = 0
         self._bytes = 0
@@ -76,8 +79,11 @@ class Engine:
     def map(self, function: Callable[[Any], T], items: Iterable) -> list[T]:
         """Call a function for each item; the results, in order.
 
-        When one fails, its error is raised after all have stopped.
+        When one fails, its error is raised after all have stopped. In a job, which
+        must not wait for others, the calls are made one after the other.
         """
+        if getattr(self._local, "is_job", False):
+            return [function(item) for item in items]
         results: list[T] = []
         jobs: deque[Future[T]] = deque()
         try:

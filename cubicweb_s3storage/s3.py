@@ -361,15 +361,21 @@ class Bucket:
         }
 
     def _delete_singly(self, refs: Iterable[ObjectRef]) -> dict[ObjectRef, str]:
-        failures: dict[ObjectRef, str] = {}
-        for ref in refs:
-            try:
-                with explained("delete the object", self.name, str(ref)):
-                    self.client.delete_object(Bucket=self.name, **ref.arguments)
-            except S3StorageError as error:
-                if not is_missing(error, ref.version_id):
-                    failures[ref] = str(error)
-        return failures
+        refs = list(refs)
+        answers = self.engine.map(self._delete_one, refs)
+        return {
+            ref: reason for ref, reason in zip(refs, answers, strict=True) if reason
+        }
+
+    def _delete_one(self, ref: ObjectRef) -> str:
+        """Why the object could not be deleted, empty if it was."""
+        try:
+            with explained("delete the object", self.name, str(ref)):
+                self.client.delete_object(Bucket=self.name, **ref.arguments)
+        except S3StorageError as error:
+            if not is_missing(error, ref.version_id):
+                return str(error)
+        return ""
 
 
 def md5(content: bytes) -> str:

@@ -109,17 +109,20 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
         keys = {upload.key for upload in uploads}
         storage.keep_values(keys)
         named = self._named_keys(storage, keys)
-        done, moved = [], set()
-        for upload in uploads:
-            last = last_upload(self.cnx, storage.bucket, upload.key) is upload
-            wanted = last and (upload.key in named or upload.foreign)
-            if wanted and not self._move(upload):
-                continue
-            if wanted and not upload.foreign:
-                moved.add(upload.key)
-            done.append(upload.ref)
+        wanted = [
+            upload
+            for upload in uploads
+            if last_upload(self.cnx, storage.bucket, upload.key) is upload
+            and (upload.key in named or upload.foreign)
+        ]
+        outcomes = storage.engine.map(self._move, wanted)
+        kept = {u for u, is_moved in zip(wanted, outcomes, strict=True) if not is_moved}
+        done = [upload for upload in uploads if upload not in kept]
+        staged = [upload.ref for upload in done]
+        for upload in done:
             upload.staging_key = ""
-        remove(storage, done)
+        remove(storage, staged)
+        moved = {u.key for u in wanted if u not in kept and not u.foreign}
         if moved and self.cnx.repo.config["s3-auto-delete"]:
             # Another transaction may have deleted the row in the meantime.
             gone = moved - self._named_keys(storage, moved)

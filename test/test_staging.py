@@ -174,3 +174,12 @@ class StagingTC(S3TC):
         self.assertEqual(self.objects(), {self.row(eid): content})
         head = self.client.head_object(Bucket=self.bucket, Key=self.row(eid))
         self.assertEqual(head["ContentType"], "image/tiff")
+
+    def test_objects_are_moved_beside_each_other(self):
+        meeting = self.meeting("COPY", 4)
+        with self.admin_access.repo_cnx() as cnx:
+            for _ in range(4):
+                self.create(cnx)
+            cnx.commit()
+        self.assertFalse(meeting.broken)
+        self.assertEqual(len(self.objects()), 4)
