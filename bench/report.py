@@ -85,7 +85,8 @@ def _row(step: str, label: str, best: Figures, options: argparse.Namespace) -> R
     unit = "bytes" if step in MEMORY_STEPS else "seconds"
     taken = {name: best[name][step][unit] for name in COLUMNS if step in best[name]}
     if step in MANY_STEPS:
-        taken = {CUBE: best[MANY][MANY_STEPS[step]][unit]}
+        one = MANY_STEPS[step]
+        taken = {name: best[many][one][unit] for name, many in MANY.items()}
     own, published = taken.get(CUBE), taken.get(PUBLISHED)
     bare = floor(step, best)
     return Row(
@@ -129,7 +130,7 @@ def _request_cells(rows: list[Row], best: Figures) -> list[list[str]]:
         for name in (CUBE, PUBLISHED):
             measured = best[name].get(row.step)
             if name == CUBE and row.step in MANY_STEPS:
-                measured = best[MANY][MANY_STEPS[row.step]]
+                measured = best[MANY[CUBE]][MANY_STEPS[row.step]]
             if measured is None or "requests" not in measured:
                 line += ["-", "", ""]
                 continue
