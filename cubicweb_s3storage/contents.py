@@ -64,8 +64,8 @@ class Contents:
     def keep(self, fetched: Fetched) -> None:
         """Have a content in the cache.
 
-        Not while other threads fetch theirs: each of the many calls of the operating
-        system that it takes makes Python switch between them.
+        To be called where the content is used: if all threads that fetch contents did
+        so, Python would switch between them at each call of the operating system.
         """
         if fetched.is_new:
             self.remember(fetched.ref, fetched.etag, fetched.content)

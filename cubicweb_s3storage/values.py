@@ -140,8 +140,12 @@ class Selection:
         self._pid = os.getpid()
         self._values: list[weakref.ref[LazyBinary]] = []
         self._jobs: dict[int, Future[Fetched | None]] = {}
+        #: bytes of what has been loaded ahead, or is on its way
         self._sizes: dict[int, int] = {}
+        #: too long when they came, to be loaded ahead when there is room
+        self._refused: set[int] = set()
         self._looked_at = 0
+        self._usual_size = 0
         self._admitting = threading.Lock()
 
     def add(self, value: LazyBinary) -> int:
@@ -158,6 +162,7 @@ class Selection:
         self._load_ahead(place)
         if job is None or job.cancel():
             return None
+        self._refused.discard(place)
         try:
             fetched = job.result()
         except ObjectMissing:
@@ -176,26 +181,40 @@ class Selection:
             if self._values[ahead]() is None and (job := self._jobs.pop(ahead, None)):
                 job.cancel()
         end = min(place + 1 + MAX_AHEAD, len(self._values))
-        # Those up to where the last call went have been looked at.
-        start = self._looked_at if place < self._looked_at < end else place + 1
-        self._looked_at = end
+        start = place + 1
+        if start < self._looked_at and not self._refused:
+            start = self._looked_at
         for ahead in range(start, end):
+            if not self._has_room(self._usual_size):
+                end = ahead
+                break
             value = self._values[ahead]()
             reader = value and value.reader
-            if reader and ahead not in self._jobs and reader.may_read_ahead:
+            is_begun = ahead in self._jobs and ahead not in self._refused
+            if reader and not is_begun and reader.may_read_ahead:
+                self._refused.discard(ahead)
                 admits = partial(self._admits, ahead)
                 engine = reader.storage.engine
                 self._jobs[ahead] = engine.start_at_once(reader.fetch_if, admits)
+        self._looked_at = end
 
     def _admits(self, place: int, size: int) -> bool:
         with self._admitting:
             for ahead in list(self._sizes):
                 if self._values[ahead]() is None:
                     self._sizes.pop(ahead, None)
+            self._usual_size = size
             if sum(self._sizes.values()) + size > MAX_AHEAD_BYTES:
+                self._refused.add(place)
                 return False
             self._sizes[place] = size
             return True
+
+    def _has_room(self, size: int) -> bool:
+        """Whether one more of this size fits in beside those not yet admitted."""
+        sizes = list(self._sizes.values())
+        unknown = len(self._jobs) - len(sizes) - len(self._refused)
+        return sum(sizes) + (unknown + 1) * size <= MAX_AHEAD_BYTES
 
 
 def current_selection(cnx: Connection) -> Selection:
