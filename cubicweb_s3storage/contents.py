@@ -145,5 +145,7 @@ class Contents:
 
     def _name(self, ref: ObjectRef) -> str:
         endpoint = self._objects.client.meta.endpoint_url
-        parts = (endpoint, self._objects.name, ref.key, ref.version_id or "")
+        # What may change is not believed by who takes it for something that cannot.
+        kind = "immutable" if self._is_immutable(ref) else "changing"
+        parts = (endpoint, self._objects.name, kind, ref.key, ref.version_id or "")
         return "\n".join(parts)

@@ -62,7 +62,12 @@ class Download:
         self._client = client
         self._engine = engine
         self._arguments = arguments
-        self._open()
+        try:
+            self._open()
+        except _Changed as error:
+            raise S3StorageError(
+                "The object has not the ETag in IfMatch", **self._place
+            ) from error
 
     def _open(self) -> None:
         answer = self._get(**self._arguments)
@@ -147,7 +152,9 @@ class Download:
                         yield piece
                 jobs.extend(self._fetch(part) for part in islice(remaining, 1))
         finally:
-            self._engine.stop(jobs)
+            # Not waited for: the garbage collector may close this in one of them.
+            for job in jobs:
+                job.cancel()
 
     def _fetch(self, part: tuple[int, int]) -> Future[mmap]:
         return self._engine.start_at_once(self._part, *part)

@@ -54,6 +54,7 @@ class Reader:
         self._error = error
         self._is_reported = False
         self._kept: bytes | None = None
+        self.found: ObjectRef | None = None
         self._pid = os.getpid()
 
     def keep(self, content: bytes) -> None:
@@ -100,17 +101,28 @@ class Reader:
             return len(self.content())
         return self._first(self.storage.contents.length)
 
-    def found(self) -> ObjectRef:
-        """The object that is there; not asked for when it can be but one."""
+    def find(self) -> ObjectRef:
+        """The object that is there, which `found` is from now on.
+
+        It is not asked for when it can be but one.
+        """
         candidates = self._candidates()
-        if len(candidates) == 1:
-            return candidates[0]
+        if len(candidates) > 1:
 
-        def look_for(ref: ObjectRef) -> ObjectRef:
-            self.storage.contents.length(ref)
-            return ref
+            def look_for(ref: ObjectRef) -> ObjectRef:
+                self.storage.contents.length(ref)
+                return ref
 
-        return self._first(look_for)
+            candidates = [self._first(look_for)]
+        self.found = candidates[0]
+        return self.found
+
+    def content_in_a_job(self) -> bytes | None:
+        """The content, None if it is long."""
+        if (held := self.held) is not None:
+            return held
+        fetched = self.fetch_if(lambda size: True)
+        return fetched and fetched.content
 
     @property
     def may_read_ahead(self) -> bool:

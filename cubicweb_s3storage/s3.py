@@ -269,7 +269,11 @@ class Bucket:
         """
         with explained(f"copy the object {source}", self.name, key):
             names = TransferManager.ALLOWED_COPY_ARGS
-            copied = {**_only(names, arguments), "MetadataDirective": "REPLACE"}
+            copied = {
+                **_only(names, arguments),
+                "MetadataDirective": "REPLACE",
+                "TaggingDirective": "REPLACE",
+            }
             answer = self._copy(source, key, copied, arguments)
         return Written(real_version(answer), "", _retries(answer) > 0)
 

@@ -23,6 +23,7 @@ from cubicweb_s3storage import rows, s3
 from cubicweb_s3storage.cache import Cache
 from cubicweb_s3storage.client import make_client, quieten_libraries
 from cubicweb_s3storage.contents import Contents
+from cubicweb_s3storage.downloads import NotModified
 from cubicweb_s3storage.engine import Engine, PerProcess
 from cubicweb_s3storage.errors import (
     AccessRefused,
@@ -64,7 +65,6 @@ class S3Storage(Storage):
         self.suffix = suffix
         self._client = PerProcess(self._s3_client)
         self._engine = PerProcess(Engine)
-        self._unread = PerProcess(Unread)
         self._assigned_client: BaseClient | None = None
         self._cache = Cache("", 0)
         quieten_libraries()
@@ -257,7 +257,12 @@ class S3Storage(Storage):
         """
         if kwargs.keys() <= {"VersionId"}:
             return Binary(self.contents.read(ObjectRef(key, kwargs.get("VersionId"))))
-        return Binary(self.objects.download(ObjectRef(key), **kwargs).content())
+        try:
+            return Binary(self.objects.download(ObjectRef(key), **kwargs).content())
+        except NotModified as error:
+            raise S3StorageError(
+                "The object has the ETag in IfNoneMatch", bucket=self.bucket, key=key
+            ) from error
 
     def read_object(self, ref: ObjectRef) -> bytes:
         """The content of an object, however a subclass downloads it."""
@@ -269,13 +274,26 @@ class S3Storage(Storage):
         """Whether a subclass decides what the content of an object is."""
         return type(self).download is not S3Storage.download
 
-    def keep_values(self, keys: Iterable[str]) -> None:
-        """Have the values in memory that read objects which are going to change."""
-        for value in self._unread.get().of(set(keys)):
-            try:
-                value.keep()
-            except S3StorageError as error:
-                self.warning("A value cannot be read any more: %s", error)
+    def keep_values(self, keys: Iterable[str]) -> set[str]:
+        """Have the values in memory that read objects which are going to change.
+
+        :return: the keys of objects that values still need
+        """
+        needed: set[str] = set()
+        for key in set(keys):
+            for value in _unread.get().pop((self.bucket, key)):
+                try:
+                    if not needed:  # S3 is not asked again and again in an outage
+                        value.keep()
+                        continue
+                except ObjectMissing as error:
+                    self.warning("A value cannot be read any more: %s", error)
+                    continue
+                except Exception:  # noqa: BLE001, that of an overridden download
+                    self.exception("A value cannot be read now, its object stays")
+                _unread.get().add(value, [(self.bucket, key)])
+                needed.add(key)
+        return needed
 
     def find_removable(self, cnx: Connection, value: str) -> ObjectRef | None:
         """The object that a row has named, None when it is not there.
@@ -374,17 +392,21 @@ class S3Storage(Storage):
         self.save_s3_key(entity, attr, key, version_id)
         return binary
 
-    def _to_copy(self, binary: Binary) -> ObjectRef | None:
-        """The object of this bucket that has the value, while it is not loaded."""
+    def _to_copy(self, binary: Binary) -> Reader | None:
+        """What reads the object of this bucket that has the value, unread so far."""
         reader = binary.reader if isinstance(binary, LazyBinary) else None
-        if reader is None or reader.held or reader.storage.bucket != self.bucket:
+        if reader is None or reader.held is not None:
+            return None
+        if reader.storage.bucket != self.bucket:
             return None
         storages = {self, reader.storage}
         servers = {storage.s3cnx.meta.endpoint_url for storage in storages}
         if len(servers) > 1 or any(s.downloads_by_itself for s in storages):
             return None
         with reader.reporting():
-            return reader.found()
+            ref = reader.find()
+        # Another one may be replaced before it is copied.
+        return reader if reader.storage._is_immutable(ref) else None
 
     def _is_named_by_its_row(self, entity: Entity, attr: str, key: str) -> bool:
         """Whether the row names the object already, in any of the ways of reading."""
@@ -405,6 +427,8 @@ class S3Storage(Storage):
                 key=key,
                 remedy="Give the key of an object that exists",
             )
+        # Whoever gives the key of an object may have replaced the object.
+        self.contents.forget(refs)
         content = self._lazy(cnx, key, refs)
         entity._cw_dont_cache_attribute(attr, repo_side=True)
         return content
@@ -418,7 +442,7 @@ class S3Storage(Storage):
     ) -> LazyBinary:
         reader = Reader(self, cnx, value, refs, error)
         lazy = LazyBinary(reader, current_selection(cnx))
-        self._unread.get().add(lazy, {ref.key for ref in refs})
+        _unread.get().add(lazy, {(self.bucket, ref.key) for ref in refs})
         return lazy
 
     def _give_up(self, entity: Entity, attr: str, key: str) -> None:
@@ -554,6 +578,8 @@ def _instance_cache(config: CubicWebConfiguration) -> Cache:
     )
     return _cache(directory, config["s3-cache-size"])
 
+
+_unread = PerProcess(Unread)
 
 _cache = functools.lru_cache(maxsize=None)(Cache)
 

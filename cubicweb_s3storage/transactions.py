@@ -238,7 +238,11 @@ def refuse_conflicts(cnx: Connection) -> None:
 def remove(storage: S3Storage, refs: Iterable[ObjectRef]) -> None:
     """Remove objects that no row can name; what S3 refuses to remove is logged."""
     refs = list(refs)
-    storage.keep_values(ref.key for ref in refs)
+    needed = storage.keep_values(ref.key for ref in refs)
+    for ref in refs:
+        if ref.key in needed:
+            _log_left_behind(storage, ref, "a value has not been read")
+    refs = [ref for ref in refs if ref.key not in needed]
     storage.contents.forget(refs)
     try:
         failures = storage.objects.delete(refs)

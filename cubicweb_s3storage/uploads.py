@@ -14,17 +14,24 @@ from typing import TYPE_CHECKING, Any
 from cubicweb.server.session import Connection
 
 from cubicweb_s3storage import rows
-from cubicweb_s3storage.errors import KeyConflict, S3StorageError, subject
+from cubicweb_s3storage.errors import (
+    KeyConflict,
+    ObjectMissing,
+    S3StorageError,
+    subject,
+)
 from cubicweb_s3storage.objects import MAX_KEY_LENGTH, ObjectRef
 from cubicweb_s3storage.s3 import (
     MAX_SINGLE,
     AlreadyThere,
     Bucket,
+    Written,
     md5_as_written,
     real_version,
 )
 
 if TYPE_CHECKING:
+    from cubicweb_s3storage.readers import Reader
     from cubicweb_s3storage.storages import S3Storage
 
 logger = logging.getLogger("cube.s3storage.uploads")
@@ -103,14 +110,15 @@ class Upload:
 
     # in the transaction #######################################################
 
-    def send(self, cnx: Connection, content: bytes | ObjectRef) -> None:
+    def send(self, cnx: Connection, content: bytes | Reader) -> None:
         """Write the content, so that nothing which is committed changes.
 
-        :param content: an object of this bucket is copied, if the key is fresh
+        :param content: what a reader has found is copied; the key is fresh then
         :raise S3StorageError: it is known already that S3 does not keep it
         """
         if not self.fresh:
-            for earlier in history(cnx).get((self.storage.bucket, self.key), ()):
+            # Which has waited for those before it.
+            if earlier := last_upload(cnx, self.storage.bucket, self.key):
                 earlier.finish()
             rows.share_lock(cnx, self.storage.bucket, self.key)
         register(cnx, self)
@@ -119,7 +127,7 @@ class Upload:
             self.storage.stages_every_write(cnx) and not self.detached
         )
         failed = failures(cnx)
-        size = 0 if isinstance(content, ObjectRef) else len(content)
+        size = len(content) if isinstance(content, bytes) else 0
         if size and self._is_cached_at_once:
             # Nobody asks for it before the commit, and its ETag is never needed.
             self._remember(None, "", content)
@@ -172,7 +180,7 @@ class Upload:
 
     # in the background ########################################################
 
-    def _write(self, content: bytes | ObjectRef, failed: list[Upload]) -> None:
+    def _write(self, content: bytes | Reader, failed: list[Upload]) -> None:
         self.begun = True
         try:
             objects = self.storage.objects
@@ -242,25 +250,36 @@ class Upload:
             self.key, content, head, self.arguments
         )
 
-    def _stage(self, objects: Bucket, content: bytes | ObjectRef) -> None:
+    def _stage(self, objects: Bucket, content: bytes | Reader) -> None:
         self.staging_key = new_staging_key(self.storage, self.key)
         self._put(objects, content)
 
-    def _put(self, objects: Bucket, content: bytes | ObjectRef) -> None:
-        if isinstance(content, ObjectRef):
-            written = objects.duplicate(content, self.ref.key, self.arguments)
-            if self.adds_versions and written.version_id is None:
-                # Ceph does not tell which version a copy is. The key is ours alone.
-                head = objects.head(self.ref, self.arguments)
-                written = written._replace(version_id=real_version(head))
-        else:
+    def _put(self, objects: Bucket, content: bytes | Reader) -> None:
+        if isinstance(content, bytes):
             written = objects.put(self.ref.key, content, self.arguments)
             if not self._is_cached_at_once:
                 version_id = None if self.staging_key else written.version_id
                 self._remember(version_id, written.etag, content)
+        else:
+            written = self._copy(objects, content)
         self.version_id = written.version_id
         if self.is_ours_alone and written.version_id and written.retried:
             self._remove_other_attempts(objects)
+
+    def _copy(self, objects: Bucket, original: Reader) -> Written:
+        try:
+            written = objects.duplicate(original.found, self.ref.key, self.arguments)
+        except ObjectMissing:
+            # Removed since, and kept in memory; or there is only a staged copy.
+            content = original.content_in_a_job()
+            if content is None:
+                raise
+            return objects.put(self.ref.key, content, self.arguments)
+        if self.adds_versions and written.version_id is None:
+            # Ceph does not tell which version a copy is. The key is ours alone.
+            head = objects.head(self.ref, self.arguments)
+            written = written._replace(version_id=real_version(head))
+        return written
 
     @property
     def _is_cached_at_once(self) -> bool:

@@ -83,6 +83,8 @@ class LazyBinary(Binary):
 
     def _content(self, reader: Reader) -> bytes:
         with reader.reporting():
+            if (held := reader.held) is not None:
+                return held
             content = self._selection.take(self._place, reader)
             return reader.content() if content is None else content
 
@@ -149,8 +151,10 @@ class Selection:
         self._admitting = threading.Lock()
 
     def add(self, value: LazyBinary) -> int:
-        self._values.append(weakref.ref(value))
-        return len(self._values) - 1
+        place = len(self._values)
+        drop = partial(_drop, weakref.ref(self), place)
+        self._values.append(weakref.ref(value, drop))
+        return place
 
     def take(self, place: int, reader: Reader) -> bytes | None:
         """The content, if it has been loaded ahead; has the next ones load."""
@@ -177,9 +181,6 @@ class Selection:
         return fetched.content
 
     def _load_ahead(self, place: int) -> None:
-        for ahead in list(self._jobs):
-            if self._values[ahead]() is None and (job := self._jobs.pop(ahead, None)):
-                job.cancel()
         end = min(place + 1 + MAX_AHEAD, len(self._values))
         start = place + 1
         if start < self._looked_at and not self._refused:
@@ -200,10 +201,9 @@ class Selection:
 
     def _admits(self, place: int, size: int) -> bool:
         with self._admitting:
-            for ahead in list(self._sizes):
-                if self._values[ahead]() is None:
-                    self._sizes.pop(ahead, None)
             self._usual_size = size
+            if self._values[place]() is None:
+                return False
             if sum(self._sizes.values()) + size > MAX_AHEAD_BYTES:
                 self._refused.add(place)
                 return False
@@ -215,6 +215,20 @@ class Selection:
         sizes = list(self._sizes.values())
         unknown = len(self._jobs) - len(sizes) - len(self._refused)
         return sum(sizes) + (unknown + 1) * size <= MAX_AHEAD_BYTES
+
+    def drop(self, place: int) -> None:
+        """Nobody has this value any more."""
+        if job := self._jobs.pop(place, None):
+            job.cancel()
+        self._sizes.pop(place, None)
+        self._refused.discard(place)
+
+
+def _drop(
+    selection: weakref.ref[Selection], place: int, _: weakref.ref[LazyBinary]
+) -> None:
+    if (found := selection()) is not None:
+        found.drop(place)
 
 
 def current_selection(cnx: Connection) -> Selection:
@@ -340,14 +354,16 @@ def _length(reader: Reader, answer: int | S3StorageError) -> int | None:
 
 
 class Unread:
-    """The values that have not been loaded, by the keys that they may read."""
+    """The values that have not been loaded, by bucket and keys that they may read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[str, weakref.WeakValueDictionary[int, LazyBinary]] = {}
+        self._values: dict[
+            tuple[str, str], weakref.WeakValueDictionary[int, LazyBinary]
+        ] = {}
         self._many = 1000
 
-    def add(self, value: LazyBinary, keys: Iterable[str]) -> None:
+    def add(self, value: LazyBinary, keys: Iterable[tuple[str, str]]) -> None:
         with self._lock:
             if len(self._values) > self._many:
                 self._values = {key: some for key, some in self._values.items() if some}
@@ -356,8 +372,7 @@ class Unread:
                 some = self._values.setdefault(key, weakref.WeakValueDictionary())
                 some[id(value)] = value
 
-    def of(self, keys: Iterable[str]) -> list[LazyBinary]:
-        """Those that may read one of the keys."""
+    def pop(self, key: tuple[str, str]) -> list[LazyBinary]:
+        """Those that may read this."""
         with self._lock:
-            found = [self._values.pop(key, {}) for key in keys]
-        return [value for some in found for value in some.values()]
+            return list(self._values.pop(key, {}).values())
