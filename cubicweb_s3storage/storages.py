@@ -384,7 +384,9 @@ class S3Storage(Storage):
         )
         # Registered first: a failing request may have had its effect.
         S3AddFileOp.get_instance(cnx).add_data(upload)
-        original = self._to_copy(binary) if fresh else None
+        # Not every server gives a copy tags of its own.
+        may_copy = fresh and "Tagging" not in arguments
+        original = self._to_copy(binary) if may_copy else None
         upload.send(cnx, original or binary.getvalue())
         version_id = None
         if self.keeps_versions(cnx) and not upload.staging_key:
