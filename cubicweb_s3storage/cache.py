@@ -125,7 +125,8 @@ class Cache:
         :param size: of the content, in bytes
         :return: a context manager that gives an object with a method `write`
         """
-        writer = CacheWriter(self._path(name), name, etag, size)
+        name_digest = _name_digest(name)
+        writer = CacheWriter(self._path(name_digest), name_digest, etag, size)
         try:
             if self.accepts(size) and writer.fits_header:
                 writer.attempt(lambda: self._begin(writer))
@@ -148,7 +149,7 @@ class Cache:
         if self.max_bytes > 0:
             for name in names:
                 try:
-                    _unlink(self._path(name))
+                    _unlink(self._path(_name_digest(name)))
                 except OSError as error:
                     self._warn("cannot be cleaned", error)
 
@@ -157,7 +158,8 @@ class Cache:
     def _use(self, name: str, use: Callable[[_Entry], T]) -> T | None:
         if self.max_bytes <= 0:
             return None
-        path = self._path(name)
+        name_digest = _name_digest(name)
+        path = self._path(name_digest)
         try:
             # A named pipe would block us without O_NONBLOCK.
             file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -167,7 +169,7 @@ class Cache:
             self._warn("cannot be read", error)
             return None
         try:
-            return use(_Entry(file, name))
+            return use(_Entry(file, name_digest))
         except _DamagedError as damage:
             self._warn("has a damaged entry, which is removed", damage)
             self._remove_damaged(path, file)
@@ -248,8 +250,8 @@ class Cache:
                     raise TimeoutError(errno.ETIMEDOUT, "Locked for long") from None
             time.sleep(0.0005)
 
-    def _path(self, name: str) -> str:
-        return os.path.join(self.directory, _name_digest(name).hex())
+    def _path(self, name_digest: bytes) -> str:
+        return os.path.join(self.directory, name_digest.hex())
 
     def _warn(self, problem: str, error: Exception) -> None:
         kind = problem, getattr(error, "errno", None)
@@ -297,12 +299,12 @@ class CacheWriter:
     Whatever the disk answers, `write` does not raise: the content is just not cached.
     """
 
-    def __init__(self, path: str, name: str, etag: str, size: int) -> None:
+    def __init__(self, path: str, name_digest: bytes, etag: str, size: int) -> None:
         self.cost = _cost(_HEADER_SIZE + size)
         self.error: OSError | None = None
         self._path = path
         self._temporary = f"{path}.{os.getpid():08x}{next(_numbers) % 2**32:08x}.tmp"
-        self._name = name
+        self._name_digest = name_digest
         self._etag = _encoded(etag)
         self._size = size
         self._file: int | None = None
@@ -364,7 +366,7 @@ class CacheWriter:
 
     def _header(self) -> bytes:
         self._digest_in_header = digest = self._digest.digest()
-        return _header(self._name, digest, self._size, self._etag)
+        return _header(self._name_digest, digest, self._size, self._etag)
 
     def _close(self) -> None:
         file, self._file = self._file, None
@@ -384,7 +386,7 @@ class _Entry:
     :raise _DamagedError: something in it is wrong; so do all methods
     """
 
-    def __init__(self, file: int, name: str) -> None:
+    def __init__(self, file: int, name_digest: bytes) -> None:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "Not a regular file")
@@ -395,8 +397,8 @@ class _Entry:
         if checksum != _checksum(fields):
             raise _DamagedError("wrong checksum of the header")
         unpacked = _FIELDS.unpack(fields)
-        magic, name_digest, self._digest, self._size, etag_length, etag = unpacked
-        if (magic, name_digest) != (_FORMAT, _name_digest(name)):
+        magic, whose, self._digest, self._size, etag_length, etag = unpacked
+        if (magic, whose) != (_FORMAT, name_digest):
             raise _DamagedError("another format or another entry's file")
         if status.st_size != _HEADER_SIZE + self._size:
             raise _DamagedError("wrong size")
@@ -510,8 +512,8 @@ def _name_digest(name: str) -> bytes:
     return hashlib.sha256(_encoded(name)).digest()
 
 
-def _header(name: str, digest: bytes, size: int, etag: bytes) -> bytes:
-    fields = _FIELDS.pack(_FORMAT, _name_digest(name), digest, size, len(etag), etag)
+def _header(name_digest: bytes, digest: bytes, size: int, etag: bytes) -> bytes:
+    fields = _FIELDS.pack(_FORMAT, name_digest, digest, size, len(etag), etag)
     return fields + _checksum(fields)
 
 

@@ -48,10 +48,11 @@ def make_client() -> BaseClient:
             "read_timeout": READ_TIMEOUT,
             "max_pool_connections": MAX_CONNECTIONS,
         }
-        if not _chosen_by_user("sdk_ua_app_id"):
+        user_config = _user_config()
+        if not _is_chosen("sdk_ua_app_id", user_config):
             # botocore puts a longer one together for every single request.
             settings["user_agent"] = USER_AGENT
-        if not _chosen_by_user("retry_mode"):
+        if not _is_chosen("retry_mode", user_config):
             settings["retries"] = {"mode": "standard"}
         client = boto3.client(
             "s3", endpoint_url=endpoint_url, config=Config(**settings)
@@ -61,7 +62,7 @@ def make_client() -> BaseClient:
         # Since 1.36 boto3 adds CRC32 trailers, which other servers may refuse:
         # https://github.com/boto/boto3/issues/4392
         for name in ("request_checksum_calculation", "response_checksum_validation"):
-            if not _chosen_by_user(name):
+            if not _is_chosen(name, user_config):
                 settings[name] = "when_required"
         logger.info("S3 endpoint is %s", client.meta.endpoint_url)
         return boto3.client("s3", endpoint_url=endpoint_url, config=Config(**settings))
@@ -81,14 +82,17 @@ def quieten_libraries() -> None:
             library.setLevel(logging.INFO)
 
 
-def _chosen_by_user(setting: str) -> bool:
+def _user_config() -> dict[str, Any]:
+    """The AWS configuration of the user's profile."""
     profile = boto3.DEFAULT_SESSION.profile_name if boto3.DEFAULT_SESSION else None
     session = botocore_session.Session(
         profile=profile if profile != "default" else None
     )
-    return (
-        f"AWS_{setting.upper()}" in os.environ or setting in session.get_scoped_config()
-    )
+    return session.get_scoped_config()
+
+
+def _is_chosen(setting: str, user_config: dict[str, Any]) -> bool:
+    return f"AWS_{setting.upper()}" in os.environ or setting in user_config
 
 
 def _is_aws(endpoint_url: str) -> bool:

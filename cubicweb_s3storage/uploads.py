@@ -22,10 +22,9 @@ from cubicweb_s3storage.errors import (
 )
 from cubicweb_s3storage.objects import MAX_KEY_LENGTH, ObjectRef
 from cubicweb_s3storage.s3 import (
-    MAX_SINGLE,
     AlreadyThere,
-    Bucket,
     Written,
+    is_long,
     md5_as_written,
     real_version,
 )
@@ -127,12 +126,13 @@ class Upload:
             self.storage.stages_every_write(cnx) and not self.detached
         )
         failed = failures(cnx)
-        size = len(content) if isinstance(content, bytes) else 0
+        has_bytes = isinstance(content, bytes)
+        size = len(content) if has_bytes else 0
         if size and self._is_cached_at_once:
             # Nobody asks for it before the commit, and its ETag is never needed.
             self._remember(None, "", content)
         # The row names the version; long contents go in parts beside each other.
-        if self.detached or self.adds_versions or size > MAX_SINGLE:
+        if self.detached or self.adds_versions or (has_bytes and is_long(content)):
             self._write(content, failed)
             self.confirm()
         else:
@@ -183,13 +183,12 @@ class Upload:
     def _write(self, content: bytes | Reader, failed: list[Upload]) -> None:
         self.begun = True
         try:
-            objects = self.storage.objects
             if self.fresh and not self.stages:
-                self._put(objects, content)
+                self._put(content)
             elif self.fresh:
-                self._stage(objects, content)
+                self._stage(content)
             else:
-                self._write_where_others_may(objects, content)
+                self._write_where_others_may(content)
         except BaseException as error:  # noqa: BLE001, raised by confirm()
             if isinstance(error, S3StorageError):
                 error.subject = error.subject or self.subject
@@ -198,20 +197,20 @@ class Upload:
         finally:
             self.pending = None
 
-    def _write_where_others_may(self, objects: Bucket, content: bytes) -> None:
+    def _write_where_others_may(self, content: bytes) -> None:
         self.md5 = md5_as_written(content)
-        head = self._head(objects)
+        head = self._head()
         if head is None and not self.stages:
-            if self._put_new(objects, content):
+            if self._put_new(content):
                 return
-            head = self._head(objects)
+            head = self._head()
         self.created = head is None
-        self.shared = self._is_content_of(objects, head, content)
+        self.shared = self._is_content_of(head, content)
         adds_version = self.adds_versions and real_version(head)
         if not self.stages and (self.shared or adds_version):
             # A shared object is written again, too: its age tells garbage
             # collection that somebody wants it.
-            self._put(objects, content)
+            self._put(content)
         elif self.detached:
             raise KeyConflict(
                 "There is an object with another content, which an import that writes"
@@ -221,13 +220,13 @@ class Upload:
                 remedy="Remove it, or import with RQLObjectStore",
             )
         else:
-            self._stage(objects, content)
+            self._stage(content)
 
-    def _put_new(self, objects: Bucket, content: bytes) -> bool:
+    def _put_new(self, content: bytes) -> bool:
         """Write the object unless another transaction was faster."""
         self.created = True
         try:
-            written = objects.put_new(self.key, content, self.arguments)
+            written = self.storage.objects.put_new(self.key, content, self.arguments)
             self.version_id = written.version_id
             self._remember(written.version_id, written.etag, content)
         except AlreadyThere as obstacle:
@@ -236,48 +235,48 @@ class Upload:
             self.created = (
                 obstacle.retried
                 and not self.adds_versions
-                and self._is_content_of(objects, self._head(objects), content)
+                and self._is_content_of(self._head(), content)
             )
         return self.created
 
-    def _head(self, objects: Bucket) -> dict[str, Any] | None:
-        return objects.head(ObjectRef(self.key), self.arguments)
+    def _head(self) -> dict[str, Any] | None:
+        return self.storage.objects.head(ObjectRef(self.key), self.arguments)
 
-    def _is_content_of(
-        self, objects: Bucket, head: dict[str, Any] | None, content: bytes
-    ) -> bool:
-        return head is not None and objects.holds(
+    def _is_content_of(self, head: dict[str, Any] | None, content: bytes) -> bool:
+        return head is not None and self.storage.objects.holds(
             self.key, content, head, self.arguments
         )
 
-    def _stage(self, objects: Bucket, content: bytes | Reader) -> None:
+    def _stage(self, content: bytes | Reader) -> None:
         self.staging_key = new_staging_key(self.storage, self.key)
-        self._put(objects, content)
+        self._put(content)
 
-    def _put(self, objects: Bucket, content: bytes | Reader) -> None:
+    def _put(self, content: bytes | Reader) -> None:
         if isinstance(content, bytes):
-            written = objects.put(self.ref.key, content, self.arguments)
+            written = self.storage.objects.put(self.ref.key, content, self.arguments)
             if not self._is_cached_at_once:
                 version_id = None if self.staging_key else written.version_id
                 self._remember(version_id, written.etag, content)
         else:
-            written = self._copy(objects, content)
+            written = self._copy(content)
         self.version_id = written.version_id
         if self.is_ours_alone and written.version_id and written.retried:
-            self._remove_other_attempts(objects)
+            self._remove_other_attempts()
 
-    def _copy(self, objects: Bucket, original: Reader) -> Written:
+    def _copy(self, original: Reader) -> Written:
         try:
-            written = objects.duplicate(original.found, self.ref.key, self.arguments)
+            written = self.storage.objects.duplicate(
+                original.found, self.ref.key, self.arguments
+            )
         except ObjectMissing:
             # Removed since, and kept in memory; or there is only a staged copy.
             content = original.content_in_a_job()
             if content is None:
                 raise
-            return objects.put(self.ref.key, content, self.arguments)
+            return self.storage.objects.put(self.ref.key, content, self.arguments)
         if self.adds_versions and written.version_id is None:
             # Ceph does not tell which version a copy is. The key is ours alone.
-            head = objects.head(self.ref, self.arguments)
+            head = self.storage.objects.head(self.ref, self.arguments)
             written = written._replace(version_id=real_version(head))
         return written
 
@@ -292,7 +291,8 @@ class Upload:
             ref = ObjectRef(self.key, version_id)
             self.storage.contents.remember(ref, etag, content)
 
-    def _remove_other_attempts(self, objects: Bucket) -> None:
+    def _remove_other_attempts(self) -> None:
+        objects = self.storage.objects
         try:
             attempts = set(objects.versions(self.ref.key)) - {self.ref}
             failures = objects.delete(attempts)
