@@ -14,7 +14,6 @@ from unittest.mock import patch
 from cubicweb import Binary
 
 from cubicweb_s3storage import downloads
-from cubicweb_s3storage.engine import MAX_REQUESTS
 from cubicweb_s3storage.errors import ObjectMissing, S3StorageError, S3Unreachable
 from cubicweb_s3storage.storages import S3Storage
 from s3server import Fault
@@ -112,7 +111,7 @@ class DownloadTC(S3TC):
                     continue
                 for read in self.ways():
                     self.s3.faults[:] = [Fault("RANGE", cut_after=4), fault]
-                    self.idle()
+                    self.idle(self.storage)
                     self.s3.requests.clear()
                     with self.assertRaises(S3Unreachable) as raised:
                         read(eid)
@@ -120,11 +119,6 @@ class DownloadTC(S3TC):
                     ranges = -(-len(content) // downloads.STREAM_RANGE)
                     most = downloads.ATTEMPTS * ranges
                     self.assertLessEqual(len(self.s3.requests), most)
-
-    def idle(self) -> None:
-        """Have all threads of the engine meet: none makes a request then."""
-        everyone = threading.Barrier(MAX_REQUESTS, timeout=30)
-        self.storage.engine.map(lambda _: everyone.wait(), range(MAX_REQUESTS))
 
     def replacing(self, operation: str, eid: int, *contents: bytes) -> None:
         """Have the object replaced before the answers to the next requests."""

@@ -218,12 +218,16 @@ class KeysTC(LargeTC):
         self.client.complete_multipart_upload(MultipartUpload={"Parts": parts}, **place)
 
     def test_another_content_is_staged_and_moved(self):
-        self.set_storage("Document", "content", OwnKeyStorage(self.bucket))
+        storage = OwnKeyStorage(self.bucket)
+        self.set_storage("Document", "content", storage)
         eid = self.committed(LARGE)
         with self.admin_access.repo_cnx() as cnx:
             cnx.entity_from_eid(eid).cw_set(content=Binary(OTHER))
-            self.assertEqual(self.s3.requests[-5:], IN_PARTS)
+            # The old content is read as far as it is the same, ranges ahead of it too.
+            written = [one for one in self.s3.requests if one in IN_PARTS]
+            self.assertEqual(written, IN_PARTS)
             self.assertEqual(self.read(eid), LARGE)
+            self.idle(storage)
             self.s3.requests.clear()
             cnx.commit()
         self.assertEqual(self.s3.requests, ["COPY", "DELETEMANY"])

@@ -13,6 +13,7 @@ from cubicweb import Binary
 from cubicweb.devtools.testlib import CubicWebTC
 
 import s3server
+from cubicweb_s3storage.engine import MAX_REQUESTS
 from cubicweb_s3storage.storages import S3Storage
 from cubicweb_s3storage.uploads import history
 
@@ -106,6 +107,14 @@ class S3TC(CubicWebTC):
         )
         self.s3.faults[:] = [fault]
         return barrier
+
+    def idle(self, storage: S3Storage) -> None:
+        """Have all threads of its engine meet: none makes a request then.
+
+        What is given up while it is read leaves requests behind for a moment.
+        """
+        everyone = threading.Barrier(MAX_REQUESTS, timeout=30)
+        storage.engine.map(lambda _: everyone.wait(), range(MAX_REQUESTS))
 
     def delete(self, eid: int) -> None:
         with self.admin_access.repo_cnx() as cnx:
