@@ -61,6 +61,8 @@ class S3Server:
     def __init__(self, upstream: str) -> None:
         self.upstream = urlsplit(upstream)
         self.requests: list[str] = []
+        #: those among them whose body has waited for "100 Continue"
+        self.waited: list[str] = []
         self.faults: list[Fault] = []
         #: keys that DeleteObjects refuses in an answer of status 200
         self.refused_keys: set[str] = set()
@@ -149,6 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError):  # not all of it is wanted
             self.wfile.write(content[:cut_after])
         self.close_connection = self.close_connection or cut_after is not None
+
+    def handle_expect_100(self) -> bool:
+        self.server.proxy.waited.append(self._operation())
+        return super().handle_expect_100()
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
 

@@ -5,8 +5,12 @@ import os
 import tempfile
 import threading
 import unittest
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
+
+import boto3
 
 from cubicweb_s3storage.client import make_client
 from cubicweb_s3storage.storages import S3Storage
@@ -99,6 +103,21 @@ class SettingsTC(unittest.TestCase):
         self.assertEqual(config.response_checksum_validation, "when_supported")
         self.assertEqual(config.request_checksum_calculation, "when_required")
 
+    def test_the_default_session_that_the_application_has_set_up_is_used(self):
+        boto3.setup_default_session(
+            aws_access_key_id="application",
+            aws_secret_access_key="secret",
+            region_name="eu-north-1",
+        )
+        client = make_client()
+        self.assertEqual(client.meta.region_name, "eu-north-1")
+        url = client.generate_presigned_url("list_buckets")
+        self.assertIn("application", url)
+
+    def test_without_one_none_is_set_up(self):
+        make_client()
+        self.assertIsNone(boto3.DEFAULT_SESSION)
+
     def test_debug_logs_of_the_libraries_stay_off(self):
         names = ("botocore", "boto3", "s3transfer", "urllib3")
         for name in names:
@@ -184,6 +203,30 @@ class ClientsTC(S3TC):
         with patch.object(S3Storage, "_s3_client", return_value=self.client):
             storage = S3Storage(self.bucket)
         self.assertIs(storage.s3cnx, self.client)
+
+
+class RequestsTC(S3TC):
+    """What botocore would do otherwise."""
+
+    def test_short_bodies_do_not_wait_for_the_server_to_agree(self):
+        for content in (b"", b"content", bytes(2 * 2**20 - 1)):
+            self.committed(content)
+        self.assertEqual(self.s3.waited, [])
+
+    def test_long_ones_do(self):
+        self.committed(bytes(2 * 2**20))
+        self.committed(bytes(17 * 2**20))  # in parts of 8, 8 and 1 MiB
+        self.assertEqual(Counter(self.s3.waited), {"PUT": 1, "PART": 2})
+
+    def test_dates_are_what_they_are_for_others(self):
+        with patch("boto3.DEFAULT_SESSION", None):
+            own = make_client()
+        place = {"Bucket": self.bucket, "Key": self.row(self.committed())}
+        date = own.head_object(**place)["LastModified"]
+        self.assertEqual(date, self.client.head_object(**place)["LastModified"])
+        self.assertEqual(date.utcoffset(), timedelta(0))
+        (listed,) = own.list_objects_v2(Bucket=self.bucket)["Contents"]
+        self.assertEqual(listed["LastModified"].replace(microsecond=0), date)
 
 
 class ContentTypeTC(S3TC):

@@ -59,6 +59,7 @@ class DownloadTC(S3TC):
             eid = self.committed(self.old)
             with self.subTest(read.__name__):
                 yield read, eid
+            self.idle(self.storage)
             self.s3.faults.clear()
 
     def test_a_plain_get_and_ranges_of_the_same_object(self):

@@ -51,6 +51,7 @@ class S3TC(CubicWebTC):
         self.storage = self.storage_class(self.bucket)
         self.set_storage("Document", "content", self.storage)
         self.s3.requests.clear()
+        self.s3.waited.clear()
 
     def tearDown(self) -> None:
         self.s3.faults.clear()
