@@ -39,6 +39,7 @@ from cubicweb_s3storage.uploads import (
     Upload,
     failures,
     history,
+    is_known,
     last_upload,
     staging_prefix,
 )
@@ -486,6 +487,8 @@ class S3Storage(Storage):
             key = self._decode_key(value.getvalue())
         except InvalidKey:
             return False
+        if is_known(entity._cw, self, key, entity.eid, attr):
+            return True
         refs = self._named_by(entity._cw, key) if key.isprintable() else []
         ref = self._first_there(refs)
         if ref is None or UUID.fullmatch(ref.key):

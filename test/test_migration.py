@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import threading
 
 from cubicweb import Binary
 from cubicweb.server.migractions import ServerMigrationHelper
 
 from cubicweb_s3storage.errors import AccessRefused
+from cubicweb_s3storage.storages import S3Storage
 from s3server import Fault
 from testlib import S3TC, ContentHashStorage, OwnKeyStorage
 
@@ -22,7 +24,9 @@ class StorageChangedTC(S3TC):
             cnx.commit()
         self.set_storage("Document", "content", self.storage)
 
-    def migrate(self, commit: bool = True) -> None:
+    def migrate(
+        self, commit: bool = True, times: int = 1, before_commit=lambda: None
+    ) -> None:
         with self.admin_access.repo_cnx() as cnx:
             shell = ServerMigrationHelper(
                 self.repo.config,
@@ -32,9 +36,11 @@ class StorageChangedTC(S3TC):
                 interactive=False,
             )
             self.repo.system_source.clear_caches(None, None)
-            with contextlib.redirect_stdout(io.StringIO()):
-                shell.cmd_storage_changed("Document", "content")
+            for _ in range(times):
+                with contextlib.redirect_stdout(io.StringIO()):
+                    shell.cmd_storage_changed("Document", "content")
             self.repo.system_source.clear_caches(None, None)
+            before_commit()
             if commit:
                 cnx.commit()
 
@@ -77,6 +83,22 @@ class StorageChangedTC(S3TC):
         self.migrate()
         self.assertEqual(self.versions(), before)
         self.assertEqual(self.read_all(), self.contents)
+
+    def test_again_in_the_same_transaction_changes_nothing(self):
+        for storage_class in (S3Storage, OwnKeyStorage):
+            with self.subTest(storage_class.__name__):
+                self.forget_migration()
+                self.set_storage("Document", "content", storage_class(self.bucket))
+                uploaded = threading.Event()
+                self.s3.faults[:] = [Fault("PUT", instead=uploaded.wait)]
+                self.migrate(times=2, before_commit=uploaded.set)
+                self.assertEqual(self.read_all(), self.contents)
+
+    def forget_migration(self) -> None:
+        """Have the rows hold the contents again."""
+        for eid, content in self.contents.items():
+            if content is not None:
+                self.set_row(eid, content)
 
     def test_a_content_that_looks_like_a_key_is_a_content(self):
         self.put("text", b"somebody else's object")
