@@ -169,8 +169,8 @@ class Reader:
     def _candidates(self) -> list[ObjectRef]:
         if self._upload is not None:
             self._upload.confirm()
-            if self._upload.staging_key:
-                return [ObjectRef(self._upload.staging_key)]
+            if self._upload.staging_key or self._upload.names_key_only:
+                return [self._upload.ref]
         return self.refs
 
     def _subject(self) -> str:

@@ -65,6 +65,29 @@ def held_value(cnx: Connection, etype: str, eid: int, attr: str) -> bytes | None
     return bytes(values[0]) if values and values[0] is not None else None
 
 
+def replace(
+    cnx: Connection, etype: str, attr: str, changes: Iterable[tuple[int, str, str]]
+) -> None:
+    """Have rows hold another value, unless they do so already.
+
+    :param changes: eids, the values that the rows hold, and the new ones
+    """
+    binary = cnx.repo.system_source._binary
+    sql = (
+        f"UPDATE cw_{etype} SET cw_{attr}=%(new)s"
+        f" WHERE cw_eid=%(eid)s AND cw_{attr}=%(old)s"
+    )
+    args = [
+        {"eid": eid, "old": binary(old.encode()), "new": binary(new.encode())}
+        for eid, old, new in changes
+    ]
+    cursor = cnx.cnxset.cnx.cursor()
+    try:
+        cursor.executemany(sql, args)
+    finally:
+        cursor.close()
+
+
 def holders(cnx: Connection, bucket: str, values: Iterable[str]) -> list[Holder]:
     """The attributes kept in this bucket whose rows hold one of the values."""
     return list(_holders(cnx, bucket, "{column}", values))

@@ -1,5 +1,6 @@
 """Options of the instance, and the RQL function STKEY."""
 
+from functools import partial
 from typing import NoReturn
 
 from cubicweb import Binary
@@ -80,9 +81,10 @@ class STKEY(FunctionDescr):
         from cubicweb_s3storage.storages import S3Storage
 
         (callback,) = stack
-        if not isinstance(getattr(callback, "__self__", None), S3Storage):
+        storage = getattr(callback, "__self__", None)
+        if not isinstance(storage, S3Storage):
             self.as_sql(None, ())
-        stack[0] = self.source_execute
+        stack[0] = partial(self.source_execute, storage)
 
     def as_sql(self, backend, args) -> NoReturn:
         raise NotImplementedError(
@@ -90,8 +92,12 @@ class STKEY(FunctionDescr):
             "this attribute is not"
         )
 
-    def source_execute(self, source, cnx, value) -> Binary:
-        return Binary(source.binary_to_str(value))
+    def source_execute(self, storage, source, cnx, value) -> Binary:
+        raw = source.binary_to_str(value)
+        try:
+            return Binary(storage.committed_value(cnx, raw.decode()).encode())
+        except UnicodeDecodeError:
+            return Binary(raw)
 
 
 register_function(STKEY)

@@ -215,13 +215,29 @@ class S3Storage(Storage):
     # rows, keys and objects ###################################################
 
     def get_s3_key(self, entity: Entity, attr: str) -> str | None:
-        """What the row of the entity holds, whoever is asking; None for no key."""
+        """What the row of the entity holds, whoever is asking; None for no key.
+
+        :raise S3StorageError: the version that it will name cannot be told
+        """
         cnx = getattr(entity._cw, "cnx", entity._cw)
         raw = rows.held_value(cnx, entity.cw_etype, entity.eid, attr)
         try:
-            return None if raw is None else self._decode_key(raw)
+            key = None if raw is None else self._decode_key(raw)
         except InvalidKey:
             return None
+        return key and self.committed_value(cnx, key)
+
+    def committed_value(self, cnx: Connection, value: str) -> str:
+        """What a row that holds `value` will hold when the transaction has committed.
+
+        :raise S3StorageError: S3 does not keep what the transaction has written
+        """
+        upload = last_upload(cnx, self.bucket, value)
+        if upload is None or not upload.names_key_only:
+            return value
+        upload.confirm()
+        version_id = upload.version_id
+        return self.format_version_id_suffix(value, version_id) if version_id else value
 
     def delay_deletion(self, entity: Entity, attr: str, key: str) -> None:
         """Have an object removed after the commit, if the instance removes objects.
@@ -390,7 +406,7 @@ class S3Storage(Storage):
         original = self._to_copy(binary) if may_copy else None
         upload.send(cnx, original or binary.getvalue())
         version_id = None
-        if self.keeps_versions(cnx) and not upload.staging_key:
+        if upload.adds_versions and not (upload.names_key_only or upload.staging_key):
             version_id = upload.version_id
         self.save_s3_key(entity, attr, key, version_id)
         return binary

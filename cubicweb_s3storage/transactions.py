@@ -54,6 +54,7 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
         self.get_data()
         for upload in self._container:
             upload.confirm()
+        self._name_versions()
         self._lock_moves()
         refuse_conflicts(self.cnx)
 
@@ -85,6 +86,17 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
     def _unlock_moves(self) -> None:
         if not any(isinstance(op, S3AddFileOp) for op in self.cnx.pending_operations):
             rows.unlock_moves(self.cnx)
+
+    def _name_versions(self) -> None:
+        """Have the rows name the versions, which are known now."""
+        changes: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
+        for upload in self._container:
+            if upload.names_key_only:
+                value = upload.storage.committed_value(self.cnx, upload.key)
+                some = changes.setdefault((upload.etype, upload.attr), [])
+                some.append((upload.eid, upload.key, value))
+        for (etype, attr), some in changes.items():
+            rows.replace(self.cnx, etype, attr, some)
 
     def _lock_moves(self) -> None:
         keys: dict[str, list[str]] = {}

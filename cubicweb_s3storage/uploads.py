@@ -83,6 +83,8 @@ class Upload:
     pending: bytes | None = None
     stages: bool = False
     adds_versions: bool = False
+    #: the row names the key, and the version only once that is known
+    names_key_only: bool = False
     _job: Future | None = None
 
     @property
@@ -131,8 +133,9 @@ class Upload:
         if size and self._is_cached_at_once:
             # Nobody asks for it before the commit, and its ETag is never needed.
             self._remember(None, "", content)
-        # The row names the version; long contents go in parts beside each other.
-        if self.detached or self.adds_versions or (has_bytes and is_long(content)):
+        is_shown = self.adds_versions and not self.fresh
+        # Long contents go in parts beside each other.
+        if self.detached or is_shown or (has_bytes and is_long(content)):
             self._write(content, failed)
             self.confirm()
         else:
@@ -140,6 +143,7 @@ class Upload:
                 self.pending = content
             engine = self.storage.engine
             self._job = engine.start(size, self._write, content, failed)
+            self.names_key_only = self.adds_versions
 
     def finish(self) -> None:
         """Wait until it is known how the upload ends."""

@@ -16,6 +16,7 @@ import test_lifecycle
 import test_old_rows
 import test_reading
 import test_shared_keys
+import test_versions
 from cubicweb_s3storage.storages import S3Storage
 from s3server import Fault
 from testlib import S3TC, ContentHashStorage, OwnKeyStorage
@@ -64,6 +65,10 @@ class QueriesTC(PostgresMixin, test_reading.QueriesTC):
 
 
 class MissingTC(PostgresMixin, test_reading.MissingTC):
+    pass
+
+
+class VersionsTC(PostgresMixin, test_versions.VersionsTC):
     pass
 
 

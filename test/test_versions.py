@@ -19,6 +19,42 @@ class VersionsTC(S3TC):
         self.assertEqual(self.versions(), [{"Key": key, "VersionId": version_id}])
         self.assertEqual(self.read(eid), b"content")
 
+    def test_uploads_run_beside_each_other(self):
+        barrier = self.meeting("PUT", 8)
+        with self.admin_access.repo_cnx() as cnx:
+            contents = {self.create(cnx, b"%d" % n).eid: b"%d" % n for n in range(8)}
+            cnx.commit()
+        self.assertFalse(barrier.broken)
+        self.assertEqual(self.s3.requests, ["PUT"] * 8)
+        self.assertCountEqual(
+            map(self.row, contents), ["#".join(ref.values()) for ref in self.versions()]
+        )
+        for eid, content in contents.items():
+            self.assertEqual(self.read(eid), content)
+
+    def test_the_transaction_sees_what_the_row_will_hold(self):
+        with self.admin_access.repo_cnx() as cnx:
+            document = self.create(cnx)
+            held = self.storage.get_s3_key(document, "content")
+            ((stkey,),) = cnx.execute("Any STKEY(D) WHERE X is Document, X content D")
+            self.assertEqual(stkey.getvalue().decode(), held)
+            cnx.drop_entity_cache()
+            value = cnx.entity_from_eid(document.eid).content
+            cnx.commit()
+        self.assertEqual(self.row(document.eid), held)
+        self.s3.requests.clear()
+        self.assertEqual(value.getvalue(), b"content")
+        self.assertEqual(self.s3.requests, [])
+
+    def test_what_the_transaction_gives_up_leaves_nothing(self):
+        with self.admin_access.repo_cnx() as cnx:
+            kept, gone = self.create(cnx, b"1"), self.create(cnx, b"2")
+            kept.cw_set(content=Binary(b"3"))
+            gone.cw_delete()
+            cnx.commit()
+        self.assertEqual(self.read(kept.eid), b"3")
+        self.assertEqual(len(self.versions()), 1)
+
     def test_update_removes_the_old_version(self):
         eid = self.committed(b"old")
         with self.admin_access.repo_cnx() as cnx:
@@ -90,7 +126,9 @@ class VersionsTC(S3TC):
             with self.admin_access.repo_cnx() as cnx:
                 with self.assertRaises(S3Unreachable):
                     self.create(cnx)
-                self.assertNotEqual(self.versions(), [])
+                    self.uploaded(cnx)
+                    self.assertNotEqual(self.versions(), [])
+                    cnx.commit()
                 cnx.rollback()
             self.assertEqual(self.versions(), [])
 
@@ -101,6 +139,7 @@ class VersionsTC(S3TC):
             with self.admin_access.repo_cnx() as cnx:
                 with self.assertRaises(AccessRefused):
                     self.create(cnx)
+                    cnx.commit()
                 cnx.rollback()
             self.assertEqual(self.versions(), [])
 
@@ -108,6 +147,7 @@ class VersionsTC(S3TC):
         self.set_option("s3-transaction-suffix-key", True)
         with self.admin_access.repo_cnx() as cnx:
             document = self.create(cnx)
+            self.uploaded(cnx)
             ((name, _),) = [ref.values() for ref in self.versions()]
             cnx.commit()
         self.assertEqual(self.storage.parse_key(self.row(document.eid))[0], name)
@@ -196,6 +236,7 @@ class UnversionedBucketTC(S3TC):
             with self.admin_access.repo_cnx() as cnx:
                 with self.assertRaises(S3Unreachable):
                     self.create(cnx)
+                    cnx.commit()
                 cnx.rollback()
             self.assertEqual(self.objects(), {})
 
