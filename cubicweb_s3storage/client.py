@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from datetime import datetime
@@ -15,6 +16,7 @@ from botocore import session as botocore_session
 from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
+from botocore.loaders import create_loader
 from botocore.utils import determine_content_length, parse_timestamp
 
 from cubicweb_s3storage.__pkginfo__ import distname, version
@@ -37,6 +39,8 @@ MIN_WAITING_BODY = 2 * 2**20
 USER_AGENT = (
     f"{distname}/{version} Boto3/{boto3.__version__} Botocore/{botocore.__version__}"
 )
+#: descriptions of services, some 10 MiB
+_loader = functools.cache(create_loader)
 AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 
 
@@ -61,7 +65,8 @@ def make_client() -> BaseClient:
             settings["user_agent"] = USER_AGENT
         if not _is_chosen("retry_mode", user_config):
             settings["retries"] = {"mode": "standard"}
-        client = _client(endpoint_url, settings)
+        session = boto3.DEFAULT_SESSION or _session()
+        client = _client(session, endpoint_url, settings)
         if _is_aws(client.meta.endpoint_url):
             return client
         # Since 1.36 boto3 adds CRC32 trailers, which other servers may refuse:
@@ -70,7 +75,7 @@ def make_client() -> BaseClient:
             if not _is_chosen(name, user_config):
                 settings[name] = "when_required"
         logger.info("S3 endpoint is %s", client.meta.endpoint_url)
-        return _client(endpoint_url, settings)
+        return _client(session, endpoint_url, settings)
     except (BotoCoreError, ValueError) as error:
         raise explanation(error, "configure the S3 client") from error
 
@@ -87,9 +92,10 @@ def quieten_libraries() -> None:
             library.setLevel(logging.INFO)
 
 
-def _client(endpoint_url: str | None, settings: dict[str, Any]) -> BaseClient:
+def _client(
+    session: boto3.Session, endpoint_url: str | None, settings: dict[str, Any]
+) -> BaseClient:
     config = Config(**settings)
-    session = boto3.DEFAULT_SESSION or _session()
     client = session.client("s3", endpoint_url=endpoint_url, config=config)
     client.meta.events.register_last("before-call.s3", _send_short_body_at_once)
     return client
@@ -98,6 +104,8 @@ def _client(endpoint_url: str | None, settings: dict[str, Any]) -> BaseClient:
 def _session() -> boto3.Session:
     """A session as boto3 makes one, but one that does not take long over dates."""
     session = botocore_session.get_session()
+    loader = _loader(session.get_config_variable("data_path"))
+    session.register_component("data_loader", loader)
     parsers = session.get_component("response_parser_factory")
     parsers.set_parser_defaults(timestamp_parser=_parse_timestamp)
     return boto3.Session(botocore_session=session)
