@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
+from contextlib import suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -16,7 +16,6 @@ from botocore import session as botocore_session
 from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
-from botocore.loaders import create_loader
 from botocore.utils import determine_content_length, parse_timestamp
 
 from cubicweb_s3storage.__pkginfo__ import distname, version
@@ -39,8 +38,6 @@ MIN_WAITING_BODY = 2 * 2**20
 USER_AGENT = (
     f"{distname}/{version} Boto3/{boto3.__version__} Botocore/{botocore.__version__}"
 )
-#: descriptions of services, some 10 MiB
-_loader = functools.cache(create_loader)
 AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 
 
@@ -65,8 +62,7 @@ def make_client() -> BaseClient:
             settings["user_agent"] = USER_AGENT
         if not _is_chosen("retry_mode", user_config):
             settings["retries"] = {"mode": "standard"}
-        session = boto3.DEFAULT_SESSION or _session()
-        client = _client(session, endpoint_url, settings)
+        client = _client(endpoint_url, settings)
         if _is_aws(client.meta.endpoint_url):
             return client
         # Since 1.36 boto3 adds CRC32 trailers, which other servers may refuse:
@@ -75,7 +71,7 @@ def make_client() -> BaseClient:
             if not _is_chosen(name, user_config):
                 settings[name] = "when_required"
         logger.info("S3 endpoint is %s", client.meta.endpoint_url)
-        return _client(session, endpoint_url, settings)
+        return _client(endpoint_url, settings)
     except (BotoCoreError, ValueError) as error:
         raise explanation(error, "configure the S3 client") from error
 
@@ -92,29 +88,28 @@ def quieten_libraries() -> None:
             library.setLevel(logging.INFO)
 
 
-def _client(
-    session: boto3.Session, endpoint_url: str | None, settings: dict[str, Any]
-) -> BaseClient:
+def _client(endpoint_url: str | None, settings: dict[str, Any]) -> BaseClient:
+    if boto3.DEFAULT_SESSION is None:
+        _set_up_default_session()
     config = Config(**settings)
-    client = session.client("s3", endpoint_url=endpoint_url, config=config)
+    client = boto3.client("s3", endpoint_url=endpoint_url, config=config)
     client.meta.events.register_last("before-call.s3", _send_short_body_at_once)
     return client
 
 
-def _session() -> boto3.Session:
-    """A session as boto3 makes one, but one that does not take long over dates."""
+def _set_up_default_session() -> None:
+    """As `boto3.client` does, but with a parser that does not take long over dates."""
     session = botocore_session.get_session()
-    loader = _loader(session.get_config_variable("data_path"))
-    session.register_component("data_loader", loader)
     parsers = session.get_component("response_parser_factory")
     parsers.set_parser_defaults(timestamp_parser=_parse_timestamp)
-    return boto3.Session(botocore_session=session)
+    boto3.setup_default_session(botocore_session=session)
 
 
 def _parse_timestamp(value: str | float) -> datetime:
     """As botocore does, which spends a tenth of a GET on Last-Modified."""
     if isinstance(value, str) and value.endswith(" GMT"):  # RFC 9110, section 5.6.7
-        return parsedate_to_datetime(value)
+        with suppress(ValueError):
+            return parsedate_to_datetime(value)
     return parse_timestamp(value)
 
 

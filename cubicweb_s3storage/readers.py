@@ -169,7 +169,7 @@ class Reader:
     def _candidates(self) -> list[ObjectRef]:
         if self._upload is not None:
             self._upload.confirm()
-            if self._upload.staging_key or self._upload.names_key_only:
+            if self._upload.staging_key or self._upload.version_follows:
                 return [self._upload.ref]
         return self.refs
 
@@ -180,7 +180,10 @@ class Reader:
         cnx = self._cnx()
         if cnx is not None and cnx.cnxset is not None and self._pid == os.getpid():
             try:
-                held_by = rows.holders(cnx, bucket, [self._value])
+                values = {self._value}
+                if self._upload is not None:
+                    values.add(self._upload.row_value)
+                held_by = rows.holders(cnx, bucket, values)
                 names = [str(holder) for holder in held_by] or names
             except self._repo.system_source.DbapiError:
                 pass  # as in a transaction that has failed

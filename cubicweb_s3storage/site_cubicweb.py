@@ -95,9 +95,10 @@ class STKEY(FunctionDescr):
     def source_execute(self, storage, source, cnx, value) -> Binary:
         raw = source.binary_to_str(value)
         try:
-            return Binary(storage.committed_value(cnx, raw.decode()).encode())
+            key = raw.decode()
         except UnicodeDecodeError:
             return Binary(raw)
+        return Binary(storage.committed_value(cnx, key).encode())
 
 
 register_function(STKEY)

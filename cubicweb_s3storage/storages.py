@@ -233,11 +233,10 @@ class S3Storage(Storage):
         :raise S3StorageError: S3 does not keep what the transaction has written
         """
         upload = last_upload(cnx, self.bucket, value)
-        if upload is None or not upload.names_key_only:
+        if upload is None or not upload.version_follows:
             return value
         upload.confirm()
-        version_id = upload.version_id
-        return self.format_version_id_suffix(value, version_id) if version_id else value
+        return upload.row_value
 
     def delay_deletion(self, entity: Entity, attr: str, key: str) -> None:
         """Have an object removed after the commit, if the instance removes objects.
@@ -290,6 +289,13 @@ class S3Storage(Storage):
     def downloads_by_itself(self) -> bool:
         """Whether a subclass decides what the content of an object is."""
         return type(self).download is not S3Storage.download
+
+    @property
+    def names_versions_later(self) -> bool:
+        """Whether nobody but us sees what rows hold before the commit."""
+        return all(
+            getattr(type(self), name) is getattr(S3Storage, name) for name in _SEE_ROWS
+        )
 
     def keep_values(self, keys: Iterable[str]) -> set[str]:
         """Have the values in memory that read objects which are going to change.
@@ -405,10 +411,10 @@ class S3Storage(Storage):
         may_copy = fresh and "Tagging" not in arguments
         original = self._to_copy(binary) if may_copy else None
         upload.send(cnx, original or binary.getvalue())
-        version_id = None
-        if upload.adds_versions and not (upload.names_key_only or upload.staging_key):
-            version_id = upload.version_id
-        self.save_s3_key(entity, attr, key, version_id)
+        named = upload.adds_versions and not (
+            upload.version_follows or upload.staging_key
+        )
+        self.save_s3_key(entity, attr, key, upload.version_id if named else None)
         return binary
 
     def _to_copy(self, binary: Binary) -> Reader | None:
@@ -435,7 +441,8 @@ class S3Storage(Storage):
     def _adopt(self, entity: Entity, attr: str, value: Binary) -> Binary:
         """Take the object whose key is given as the value."""
         cnx = entity._cw
-        key = self._decode_key(value.getvalue())
+        key = self.committed_value(cnx, self._decode_key(value.getvalue()))
+        entity.cw_edited.edited_attribute(attr, Binary(key.encode()))
         refs = self._named_by(cnx, key)
         for name in {ref.key for ref in refs}:
             rows.share_lock(cnx, self.bucket, name)
@@ -599,6 +606,18 @@ def _instance_cache(config: CubicWebConfiguration) -> Cache:
     )
     return _cache(directory, config["s3-cache-size"])
 
+
+#: methods that, overridden, would find rows without their versions
+_SEE_ROWS = (
+    "callback",
+    "entity_added",
+    "entity_updated",
+    "entity_deleted",
+    "save_s3_key",
+    "get_s3_key",
+    "get_s3_object",
+    "delay_deletion",
+)
 
 _unread = PerProcess(Unread)
 

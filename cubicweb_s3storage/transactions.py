@@ -91,10 +91,9 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
         """Have the rows name the versions, which are known now."""
         changes: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
         for upload in self._container:
-            if upload.names_key_only:
-                value = upload.storage.committed_value(self.cnx, upload.key)
+            if upload.version_follows and upload.row_value != upload.key:
                 some = changes.setdefault((upload.etype, upload.attr), [])
-                some.append((upload.eid, upload.key, value))
+                some.append((upload.eid, upload.key, upload.row_value))
         for (etype, attr), some in changes.items():
             rows.replace(self.cnx, etype, attr, some)
 

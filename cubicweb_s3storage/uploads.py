@@ -83,14 +83,21 @@ class Upload:
     pending: bytes | None = None
     stages: bool = False
     adds_versions: bool = False
-    #: the row names the key, and the version only once that is known
-    names_key_only: bool = False
+    #: the row names the key until the commit, when the version is known
+    version_follows: bool = False
     _job: Future | None = None
 
     @property
     def ref(self) -> ObjectRef:
         """The object that was written."""
         return ObjectRef(self.staging_key or self.key, self.version_id)
+
+    @property
+    def row_value(self) -> str:
+        """What the row holds when the version is known that it names."""
+        if self.version_id is None or not self.adds_versions or self.staging_key:
+            return self.key
+        return self.storage.format_version_id_suffix(self.key, self.version_id)
 
     @property
     def subject(self) -> str:
@@ -133,9 +140,11 @@ class Upload:
         if size and self._is_cached_at_once:
             # Nobody asks for it before the commit, and its ETag is never needed.
             self._remember(None, "", content)
-        is_shown = self.adds_versions and not self.fresh
+        needs_version = self.adds_versions and not (
+            self.fresh and self.storage.names_versions_later
+        )
         # Long contents go in parts beside each other.
-        if self.detached or is_shown or (has_bytes and is_long(content)):
+        if self.detached or needs_version or (has_bytes and is_long(content)):
             self._write(content, failed)
             self.confirm()
         else:
@@ -143,7 +152,7 @@ class Upload:
                 self.pending = content
             engine = self.storage.engine
             self._job = engine.start(size, self._write, content, failed)
-            self.names_key_only = self.adds_versions
+            self.version_follows = self.adds_versions
 
     def finish(self) -> None:
         """Wait until it is known how the upload ends."""

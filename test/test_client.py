@@ -114,9 +114,15 @@ class SettingsTC(unittest.TestCase):
         url = client.generate_presigned_url("list_buckets")
         self.assertIn("application", url)
 
-    def test_without_one_none_is_set_up(self):
-        make_client()
-        self.assertIsNone(boto3.DEFAULT_SESSION)
+    def test_without_one_all_clients_share_theirs(self):
+        script, log = (self.config_file.with_name(name) for name in ("script", "log"))
+        credentials = '{"Version": 1, "AccessKeyId": "id", "SecretAccessKey": "key"}'
+        script.write_text(f"echo fetched >> {log}\necho '{credentials}'\n")
+        self.config_file.write_text(f"[default]\ncredential_process = sh {script}\n")
+        os.environ["AWS_S3_ENDPOINT_URL"] = "http://s3.example.org"
+        for _ in range(2):
+            make_client().generate_presigned_url("list_buckets")
+        self.assertEqual(log.read_text(), "fetched\n")
 
     def test_debug_logs_of_the_libraries_stay_off(self):
         names = ("botocore", "boto3", "s3transfer", "urllib3")
@@ -225,6 +231,12 @@ class RequestsTC(S3TC):
         date = own.head_object(**place)["LastModified"]
         self.assertEqual(date, self.client.head_object(**place)["LastModified"])
         self.assertEqual(date.utcoffset(), timedelta(0))
+        odd = {"Last-Modified": "2015-10-21T07:28:00 GMT"}
+        own.meta.events.register(
+            "before-parse.s3.HeadObject",
+            lambda response_dict, **_: response_dict["headers"].update(odd),
+        )
+        self.assertEqual(own.head_object(**place)["LastModified"].year, 2015)
         (listed,) = own.list_objects_v2(Bucket=self.bucket)["Contents"]
         self.assertEqual(listed["LastModified"].replace(microsecond=0), date)
 

@@ -1,9 +1,11 @@
 """The option s3-activate-object-versioning: every row names a version."""
 
 from cubicweb import Binary
+from cubicweb.server.sources.storages import fsimport
 
 from cubicweb_s3storage.errors import AccessRefused, S3Unreachable
 from cubicweb_s3storage.storages import S3Storage
+from cubicweb_s3storage.uploads import history
 from s3server import Fault
 from testlib import S3TC, ContentHashStorage, OwnKeyStorage
 
@@ -54,6 +56,58 @@ class VersionsTC(S3TC):
             cnx.commit()
         self.assertEqual(self.read(kept.eid), b"3")
         self.assertEqual(len(self.versions()), 1)
+
+    def test_a_key_of_the_transaction_is_adopted_with_its_version(self):
+        with self.admin_access.repo_cnx() as cnx:
+            eid = self.create(cnx).eid
+            ((_, key),) = history(cnx)
+            with fsimport(cnx):
+                adopter = self.create(cnx, key.encode()).eid
+            cnx.commit()
+        self.assertEqual(self.row(adopter), self.row(eid))
+        self.assertEqual(self.read(adopter), b"content")
+        self.delete(eid)
+        self.delete(adopter)
+        self.assertEqual(self.versions(), [])
+
+    def test_subclasses_that_see_rows_see_versions(self):
+        class OwnRowsStorage(S3Storage):
+            """Writes rows in a way of its own."""
+
+            KEY_SEPARATOR = "@"
+
+            def save_s3_key(self, entity, attr, key, version_id=None):
+                return super().save_s3_key(entity, attr, f"{key}@{version_id}")
+
+        class TitleStorage(S3Storage):
+            """Notes what the row holds."""
+
+            def entity_added(self, entity, attr):
+                binary = super().entity_added(entity, attr)
+                held = entity.cw_edited[attr].getvalue().decode()
+                entity.cw_edited["title"] = held
+                return binary
+
+        class PlainStorage(S3Storage):
+            """Reads by itself."""
+
+            def get_s3_object(self, cnx, key):
+                key, version_id = self.parse_key(key)
+                return self.download(key, VersionId=version_id)
+
+        for storage_class in (OwnRowsStorage, TitleStorage, PlainStorage):
+            with self.subTest(storage_class.__name__):
+                self.set_storage("Document", "content", storage_class(self.bucket))
+                with self.admin_access.repo_cnx() as cnx:
+                    document = self.create(cnx)
+                    cnx.drop_entity_cache()
+                    value = cnx.entity_from_eid(document.eid).content
+                    self.assertEqual(value.getvalue(), b"content")
+                    cnx.commit()
+                    title = cnx.entity_from_eid(document.eid).title
+                self.assertEqual(self.read(document.eid), b"content")
+                if storage_class is TitleStorage:
+                    self.assertEqual(title, self.row(document.eid))
 
     def test_update_removes_the_old_version(self):
         eid = self.committed(b"old")
