@@ -13,7 +13,6 @@ from typing import Any
 
 from botocore.client import BaseClient
 from cubicweb import Binary, set_log_methods
-from cubicweb.cwconfig import CubicWebConfiguration
 from cubicweb.entity import Entity
 from cubicweb.server.edition import EditedEntity
 from cubicweb.server.session import Connection
@@ -47,6 +46,7 @@ from cubicweb_s3storage.values import LazyBinary, Unread, current_selection
 
 __all__ = ["S3AddFileOp", "S3DeleteFileOp", "S3Storage"]
 
+CACHE = "s3storage_cache"
 UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 HEX_UUID = re.compile("[0-9a-f]{32}")
 MEDIA_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(;[ -~]*)?", re.ASCII)
@@ -146,7 +146,7 @@ class S3Storage(Storage):
           which raises `ObjectMissing` when it is used
         :raise S3StorageError: it cannot be told whether the object is there
         """
-        self._cache = _instance_cache(cnx.repo.config)
+        self._cache = _instance_cache(cnx)
         try:
             key = self._decode_key(source.binary_to_str(value))
         except InvalidKey as error:
@@ -169,7 +169,7 @@ class S3Storage(Storage):
         :raise S3StorageError: S3 has not confirmed that it keeps the value
         """
         value = entity.cw_edited[attr]
-        self._cache = _instance_cache(entity._cw.repo.config)
+        self._cache = _instance_cache(entity._cw)
         with _concerning(entity, attr):
             if value is None:
                 return None
@@ -599,12 +599,15 @@ def _concerning(entity: Entity, attr: str) -> Iterator[None]:
         raise
 
 
-def _instance_cache(config: CubicWebConfiguration) -> Cache:
+def _instance_cache(cnx: Connection) -> Cache:
     """The local cache of the instance, as its options say."""
-    directory = config["s3-cache-directory"] or os.path.join(
-        config.appdatahome, "s3cache"
-    )
-    return _cache(directory, config["s3-cache-size"])
+    if CACHE not in cnx.transaction_data:  # reading options takes its time
+        config = cnx.repo.config
+        directory = config["s3-cache-directory"] or os.path.join(
+            config.appdatahome, "s3cache"
+        )
+        cnx.transaction_data[CACHE] = _cache(directory, config["s3-cache-size"])
+    return cnx.transaction_data[CACHE]
 
 
 #: methods that, overridden, would find rows without their versions
