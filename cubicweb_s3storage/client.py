@@ -56,6 +56,8 @@ def make_client() -> BaseClient:
             "read_timeout": READ_TIMEOUT,
             "max_pool_connections": MAX_CONNECTIONS,
         }
+        if boto3.DEFAULT_SESSION is None:
+            _set_up_default_session()
         user_config = _user_config()
         if not _is_chosen("sdk_ua_app_id", user_config):
             # botocore puts a longer one together for every single request.
@@ -89,8 +91,6 @@ def quieten_libraries() -> None:
 
 
 def _client(endpoint_url: str | None, settings: dict[str, Any]) -> BaseClient:
-    if boto3.DEFAULT_SESSION is None:
-        _set_up_default_session()
     config = Config(**settings)
     client = boto3.client("s3", endpoint_url=endpoint_url, config=config)
     client.meta.events.register_last("before-call.s3", _send_short_body_at_once)
@@ -127,7 +127,7 @@ def _send_short_body_at_once(params: dict[str, Any], **_: Any) -> None:
 
 def _user_config() -> dict[str, Any]:
     """The AWS configuration of the user's profile."""
-    profile = boto3.DEFAULT_SESSION.profile_name if boto3.DEFAULT_SESSION else None
+    profile = boto3.DEFAULT_SESSION.profile_name
     session = botocore_session.Session(
         profile=profile if profile != "default" else None
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from itertools import islice
 from typing import NamedTuple
 
@@ -81,11 +82,8 @@ def replace(
         {"eid": eid, "old": binary(old.encode()), "new": binary(new.encode())}
         for eid, old, new in changes
     ]
-    cursor = cnx.cnxset.cnx.cursor()
-    try:
+    with closing(cnx.cnxset.cnx.cursor()) as cursor:
         cursor.executemany(sql, args)
-    finally:
-        cursor.close()
 
 
 def holders(cnx: Connection, bucket: str, values: Iterable[str]) -> list[Holder]:
@@ -216,12 +214,9 @@ class _MoveLock:
 
 
 def _select(cnx: Connection, sql: str, args: dict) -> list[tuple]:
-    cursor = cnx.cnxset.cnx.cursor()
-    try:
+    with closing(cnx.cnxset.cnx.cursor()) as cursor:
         cursor.execute(sql, args)
         return cursor.fetchall()
-    finally:
-        cursor.close()
 
 
 def _is_postgres(cnx: Connection) -> bool:

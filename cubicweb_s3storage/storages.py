@@ -411,10 +411,8 @@ class S3Storage(Storage):
         may_copy = fresh and "Tagging" not in arguments
         original = self._to_copy(binary) if may_copy else None
         upload.send(cnx, original or binary.getvalue())
-        named = upload.adds_versions and not (
-            upload.version_follows or upload.staging_key
-        )
-        self.save_s3_key(entity, attr, key, upload.version_id if named else None)
+        version_id = None if upload.version_follows else upload.named_version
+        self.save_s3_key(entity, attr, key, version_id)
         return binary
 
     def _to_copy(self, binary: Binary) -> Reader | None:

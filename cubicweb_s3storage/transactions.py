@@ -70,14 +70,15 @@ class S3AddFileOp(DataOperationMixIn, LateOperation):
         uploads = [u for u in self._container if u.pid == os.getpid()]
         if not uploads:
             return
-        for storage, some in _by_storage(uploads).items():
+        groups = _by_storage(uploads)
+        for storage, some in groups.items():
             storage.keep_values(upload.key for upload in some)
         for upload in uploads:
             upload.cancel()
         for upload in uploads:
             upload.finish()
         try:
-            for storage, some in _by_storage(uploads).items():
+            for storage, some in groups.items():
                 storage.contents.forget(ObjectRef(upload.key) for upload in some)
                 self._remove_written(storage, [u for u in some if u.begun])
         finally:

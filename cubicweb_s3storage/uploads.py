@@ -93,11 +93,16 @@ class Upload:
         return ObjectRef(self.staging_key or self.key, self.version_id)
 
     @property
+    def named_version(self) -> str | None:
+        """The version that the row names at last, once it is known."""
+        return self.version_id if self.adds_versions and not self.staging_key else None
+
+    @property
     def row_value(self) -> str:
-        """What the row holds when the version is known that it names."""
-        if self.version_id is None or not self.adds_versions or self.staging_key:
+        """What the row holds at last, once the version is known that it names."""
+        if (version_id := self.named_version) is None:
             return self.key
-        return self.storage.format_version_id_suffix(self.key, self.version_id)
+        return self.storage.format_version_id_suffix(self.key, version_id)
 
     @property
     def subject(self) -> str:
